@@ -1,0 +1,1 @@
+"""Datasets: one folder each with its prepare.py, and what they share."""

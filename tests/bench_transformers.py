@@ -1,0 +1,75 @@
+"""One training step (forward and backward, fp32, CPU) of zaya.py against transformers' ZayaForCausalLM.
+
+    python tests/bench_transformers.py [--rounds 15]
+
+Same weights, same tokens, one process, the two alternating; medians, and the ratio of each pair's times.
+transformers runs its fastest experts on this machine, set_experts_implementation("grouped_mm").
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import ZayaForCausalLM
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from zaya import Zaya, ZayaConfig  # noqa: E402
+
+CONFIG = ZayaConfig(
+    hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+    moe_intermediate_size=256, num_experts=16, router_hidden_size=64, vocab_size=4096,
+    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+BATCH, TIME = 8, 256
+
+
+def seconds(step):
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each (default: 15)")
+    rounds = parser.parse_args().rounds
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    ours = Zaya(CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = ZayaForCausalLM.from_pretrained(folder).train()
+    theirs.set_experts_implementation("grouped_mm")
+    tokens = torch.randint(CONFIG.vocab_size, (BATCH, TIME + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def our_step():
+        ours.zero_grad(set_to_none=True)
+        loss = ours(inputs, targets)[1]
+        loss.backward()
+        return loss
+
+    def their_step():
+        theirs.zero_grad(set_to_none=True)
+        # Their labels are shifted inside; `shift_labels` takes them already shifted, as ours are.
+        loss = theirs(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        difference = (our_step() - their_step()).abs().item()
+    times = [(seconds(our_step), seconds(their_step)) for _ in range(rounds)]
+    our_ms, their_ms = (1e3 * statistics.median(column) for column in zip(*times))
+    ratio = statistics.median(b / a for a, b in times)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BATCH} x {TIME} tokens, losses differ by {difference:.1e}")
+    print(f"transformers {their_ms:8.1f} ms a step\nzaya.py      {our_ms:8.1f} ms a step\nratio        {ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""data/: tokenizers, their saved form, splits, files. No network beyond 127.0.0.1."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import bpe, dataset
+from data.shakespeare import prepare as shakespeare
+from data.stdlib import prepare as stdlib
+from data.text import prepare as own_text
+from data.tokenizer import EOT, ForeignTokenizer, Tokenizer, bpe_tokenizer, char_tokenizer, load_tokenizer
+
+CORPUS = (ROOT / "data" / "tokenizer.py").read_text() + (ROOT / "data" / "dataset.py").read_text()
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+SAMPLES = {
+    "empty": "",
+    "ascii": "def f(x):\n    return x['a'] + 12345  # don't , stop .\n",
+    "unicode": "naïve – “Straße” ½ Ⅷ 中文，日本語。 \u00a0 x\u0301 ﬁ ²",
+    "emoji": "👩‍👩‍👧 😀😀 🇨🇭!",
+    "white space": "  a   b\t\tc\r\n\r\n\n   \n x \x0b\x0c\x00\x85\u2028 ",
+    "special token": f"a{EOT}b",
+}
+
+
+def make(kind):
+    if kind == "chars":
+        return char_tokenizer([CORPUS, *SAMPLES.values()])
+    if kind == "bytes":
+        return load_tokenizer("bytes")
+    ranks = bpe.train_bpe([CORPUS, *SAMPLES.values()], 600)
+    if kind == "bpe":
+        return bpe_tokenizer("bpe", ranks)
+    # GPT-2's own regex; its vocabulary would have to be downloaded
+    return Tokenizer(tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: 600}))
+
+
+def fails(main, capsys, out, *argv):
+    """Run main; it must end with status 2, one line on stderr and nothing in out. -> that line"""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, argv), "--out", str(out)])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and not out.exists()
+    return lines[0]
+
+
+def tokens(folder, name):
+    meta = json.loads((folder / "meta.json").read_text())
+    return np.fromfile(folder / f"{name}.bin", "<u2" if meta["dtype"] == "uint16" else "<u4")
+
+
+# ---------------------------------------------------------------- tokenizers
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "chars", "gpt2"])
+def test_saved_tokenizer_is_the_same_everywhere(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = make(kind)
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(again) is Tokenizer
+    assert (again.name, again.n_vocab, again.eot) == (kind, ours.n_vocab, ours.eot) and len(auto) == ours.n_vocab
+    assert auto.eos_token_id == ours.eot
+    for name, sample in SAMPLES.items():
+        ids = ours.encode(sample)
+        assert ids == again.encode(sample)
+        assert ours.decode(ids) == again.decode(ids) == sample and ours.decode_bytes(ids) == sample.encode()
+        if name != "special token" or ours.eot is None:  # they look for special tokens in a text, we do not
+            assert ids == theirs.encode(sample).ids == auto.encode(sample)
+            assert theirs.decode(ids) == auto.decode(ids) == sample
+
+    auto.save_pretrained(tmp_path / "resaved")
+    assert type(load_tokenizer(tmp_path / "resaved")) is Tokenizer
+
+
+def test_eot_is_the_last_id():
+    assert (make("bytes").n_vocab, make("bytes").eot) == (257, 256)
+    assert (make("bpe").n_vocab, make("bpe").eot) == (601, 600)
+    assert make("chars").eot is None
+    assert make("bpe").decode([600]) == EOT and 600 not in make("bpe").encode(EOT)
+
+
+def test_half_a_character_decodes_to_a_mark():
+    assert make("bytes").decode("é".encode()[:1]) == "\ufffd"
+
+
+def test_chars_are_sorted_and_an_unknown_one_is_named():
+    tokenizer = char_tokenizer(["hello\n", "world"])
+    assert tokenizer.encode("\ndehlorw") == list(range(8))
+    with pytest.raises(ValueError, match="'z'"):
+        tokenizer.encode("helloz")
+
+
+def test_gpt2_without_network(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    assert "downloaded at first use" in fails(stdlib.main, capsys, tmp_path / "out", "--tokenizer", "gpt2")
+
+
+def foreign(folder):
+    """A tokenizer.json of another kind: characters with fallback to bytes, the space spelled as in SentencePiece."""
+    vocab = {f"<0x{b:02X}>": b for b in range(256)} | {c: 256 + i for i, c in enumerate("abcde▁")}
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    t.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    d = tokenizers.decoders
+    t.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse()])
+    t.add_special_tokens(["<eos>"])
+    t.add_tokens(["far"])
+    folder.mkdir()
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
+    return folder
+
+
+def test_foreign_tokenizer(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(foreign(tmp_path / "far"))
+    assert type(tokenizer) is ForeignTokenizer
+    assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) == ("far", 264, 262)
+    ids = tokenizer.encode("a é<eos>")
+    assert tokenizer.eot not in ids and tokenizer.decode(ids) == "a é<eos>"
+    assert tokenizer.decode_bytes(ids) == "a é<eos>".encode()
+
+    make("bpe").save(tmp_path / "copy")  # and nothing of the one before may stay
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").encode("a é") == tokenizer.encode("a é")
+
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        load_tokenizer(tmp_path / "far")
+
+
+def test_reordered_merges_are_not_taken_for_ours(tmp_path):
+    """tiktoken merges by id; a file whose merges have another order must go to the package tokenizers."""
+    make("bpe").save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["merges"].reverse()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert type(load_tokenizer(tmp_path)) is ForeignTokenizer
+
+
+# ---------------------------------------------------------------- training
+
+def naive_bpe(texts, vocab_size):
+    """The definition: count all pairs, merge the most frequent one, again."""
+    words = Counter(tuple(chunk.encode()) for text in texts for chunk in re.findall(bpe.SPLIT, text))
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        count, pair = min(((-n, p) for p, n in pairs.items()), default=(0, None))
+        if count > -2:
+            break
+        words = Counter({tuple(bpe.merge(word, pair, len(tokens))): n for word, n in words.items()})
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def test_train_bpe_is_the_naive_one():
+    texts = [CORPUS[:4000], SAMPLES["unicode"], "aaaa aaaaaaa aaa abababab ", "----- ------- ---"]
+    assert bpe.train_bpe(texts, 450) == naive_bpe(texts, 450)
+    assert bpe.train_bpe(texts[::-1], 450) == bpe.train_bpe(texts, 450)
+    assert bpe.train_bpe(["aaa", "abab"], 1000) == naive_bpe(["aaa", "abab"], 1000)  # runs out of pairs
+
+
+def test_merges_recovered_from_the_ranks_are_the_training_s():
+    ranks = bpe.train_bpe([CORPUS], 500)
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            left, right = bpe.last_merge(token, ranks)
+            assert left + right == token and max(ranks[left], ranks[right]) < rank
+
+
+def test_split_loses_nothing():
+    for sample in [CORPUS, *SAMPLES.values(), "".join(map(chr, range(0x3100)))]:
+        assert "".join(re.findall(bpe.SPLIT, sample)) == sample
+
+
+# ---------------------------------------------------------------- datasets
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 texts, and all that has to be left out."""
+    root = tmp_path / "texts"
+    (root / "sub").mkdir(parents=True)
+    for i in range(40):
+        (root / "sub" / f"{i}.txt").write_text(f"Text number {i}.\n" * (1 + i % 7), encoding="utf-8")
+    (root / "copy.txt").write_text("Text number 0.\n")
+    (root / "latin1.txt").write_bytes("Zürich".encode("latin-1"))
+    (root / "nul.txt").write_bytes(b"a\0b")
+    (root / "empty.txt").write_text(" \n")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.txt").write_text("hidden")
+    (root / "dangling").symlink_to(root / "nowhere")
+    return root
+
+
+def test_documents_are_text_and_distinct(folder, tmp_path):
+    documents = dataset.read_documents(folder, tmp_path)
+    assert len(documents) == len(set(documents)) == 40
+    assert all(text.startswith("Text number") for text in documents)
+
+
+def test_split_is_by_document_and_knows_no_order(folder, tmp_path):
+    documents = dataset.read_documents(folder, tmp_path)
+    train, val = dataset.split_documents(documents, 0.1)
+    assert (train, val) == dataset.split_documents(documents[::-1], 0.1)
+    assert sorted(train + val) == sorted(documents) and not set(train) & set(val)
+    assert 0.05 < len("".join(val)) / len("".join(documents)) <= 0.1
+
+
+def test_neither_side_is_empty():
+    assert dataset.split_documents(["a" * 100, "b" * 99], 0.1) == (["a" * 100], ["b" * 99])
+    assert dataset.split_documents(["a\n" * 10], 0.1) == (["a\n" * 9], ["a\n"])
+    assert dataset.split_documents(["a" * 10], 0.1) == (["a" * 9], ["a"])  # no line to end at
+    with pytest.raises(ValueError, match="too short"):
+        dataset.split_documents(["a"], 0.1)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "chars"])
+def test_dataset_of_a_folder(kind, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    own_text.main([str(folder), "--out", str(out), "--tokenizer", kind, "--vocab_size", "300"])
+    meta = json.loads((out / "meta.json").read_text())
+    tokenizer = load_tokenizer(out)
+    train, val = dataset.split_documents(dataset.read_documents(folder, out), 0.1)
+    end = EOT if tokenizer.eot is not None else ""
+    assert tokenizer.decode(tokens(out, "train").tolist()) == "".join(t + end for t in train)
+    assert tokenizer.decode(tokens(out, "val").tolist()) == "".join(t + end for t in val)
+    assert meta["dtype"] == "uint16" and meta["tokenizer"] == kind and meta["vocab_size"] == tokenizer.n_vocab
+    assert (meta["train_tokens"], meta["val_tokens"]) == (len(tokens(out, "train")), len(tokens(out, "val")))
+    assert meta["bytes_per_token"] == len("".join(val)) / len(tokens(out, "val"))
+    files = {"train.bin", "val.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(os.listdir(out)) == files
+    assert capsys.readouterr().out.startswith(f"{out}: {meta['train_tokens']:,} training")
+
+
+def test_dataset_inside_the_folder_it_comes_from(folder, capsys):
+    argv = [str(folder), "--out", str(folder), "--tokenizer", "bytes"]
+    own_text.main(argv)
+    first = [(folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")]
+    own_text.main(argv)
+    assert first == [(folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")]
+
+
+def test_single_file_ends_with_its_validation_lines(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    own_text.main([str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "chars"])
+    val = load_tokenizer(tmp_path / "out").decode(tokens(tmp_path / "out", "val").tolist())
+    assert val.startswith("line 90\n") and val.endswith("line 99\n")
+
+
+def test_a_checkpoint_s_tokenizer_and_uint32(folder, tmp_path, capsys):
+    """65,537 ids do not fit uint16; the last of them is the end of a document."""
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b"%c%c" % (i // 256, i % 256): 256 + i for i in range(65280)}
+    bpe_tokenizer("wide", ranks).save(tmp_path / "checkpoint")
+    own_text.main([str(folder), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "checkpoint")])
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["dtype"], meta["vocab_size"], meta["tokenizer"]) == ("uint32", 65537, "wide")
+    val = tokens(tmp_path / "out", "val")
+    assert len(val) == meta["val_tokens"] and val[-1] == 65536
+
+
+def test_failure_while_writing_leaves_no_whole_looking_folder(folder, tmp_path, monkeypatch, capsys):
+    argv = [str(folder), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    own_text.main(argv)
+    monkeypatch.setattr(Tokenizer, "save", lambda self, folder: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(SystemExit):
+        own_text.main(argv)
+    assert not (tmp_path / "out" / "meta.json").exists() and not list((tmp_path / "out").glob(".*"))
+
+
+def test_bad_input(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "tokenizer.json").write_text('{"model": {"type": "Strange"}}')
+    char_tokenizer(["abc"]).save(tmp_path / "abc")
+    assert "no folder" in fails(own_text.main, capsys, out, tmp_path / "missing")
+    assert "no text in" in fails(own_text.main, capsys, out, tmp_path / "nothing")
+    assert "no UTF-8 text" in fails(own_text.main, capsys, out, folder / "latin1.txt")
+    assert "no tokenizer nonsense" in fails(own_text.main, capsys, out, folder, "--tokenizer", "nonsense")
+    assert "not JSON" in fails(own_text.main, capsys, out, folder, "--tokenizer", tmp_path / "broken")
+    assert "tokenizer.json" in fails(own_text.main, capsys, out, folder, "--tokenizer", tmp_path / "strange")
+    assert "does not know the character" in fails(own_text.main, capsys, out, folder, "--tokenizer", tmp_path / "abc")
+    assert "--vocab_size" in fails(own_text.main, capsys, out, folder, "--vocab_size", "256")
+    assert "invalid int" in fails(own_text.main, capsys, out, folder, "--vocab_size", "many")
+    assert "--val_fraction" in fails(own_text.main, capsys, out, folder, "--val_fraction", "nan")
+    assert "unrecognized" in fails(own_text.main, capsys, out, folder, "--vocabsize", "300")
+    with pytest.raises(SystemExit):
+        own_text.main([str(folder), "--out", str(folder / "copy.txt")])
+    assert "not a folder" in capsys.readouterr().err
+
+
+def test_stdlib_from_anywhere(tmp_path):
+    """The script itself, run from another folder. The bytes need no training, so this is quick."""
+    command = [sys.executable, ROOT / "data" / "stdlib" / "prepare.py", "--tokenizer", "bytes", "--out", "out"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "" and "training" in run.stdout
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["train_tokens"] > 5_000_000 and 0.08 < meta["val_tokens"] / meta["train_tokens"] < 0.12
+
+
+# ---------------------------------------------------------------- tiny Shakespeare
+
+PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on 127.0.0.1 that gives the answers of server.answers in turn, the last again and again."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, announced = answers[min(httpd.asked, len(answers) - 1)]
+            httpd.asked += 1
+            self.send_response(status)
+            self.send_header("Content-Length", announced)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    answers = []
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.asked, httpd.answers, httpd.url = 0, answers, f"http://127.0.0.1:{httpd.server_port}/input.txt"
+    threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
+    monkeypatch.setattr(shakespeare, "LENGTH", len(PLAY))
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    monkeypatch.setattr(shakespeare, "WAITS", [0, 0, 0])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+WHOLE = (200, PLAY.encode(), len(PLAY))
+SHORT = (200, PLAY.encode()[:500], len(PLAY))
+
+
+def check_play(out):
+    """As nanoGPT cuts it: the first int(0.9 n) characters, a sorted alphabet, no token between."""
+    alphabet, n = sorted(set(PLAY)), int(len(PLAY) * 0.9)
+    assert tokens(out, "train").tolist() == [alphabet.index(c) for c in PLAY[:n]]
+    assert tokens(out, "val").tolist() == [alphabet.index(c) for c in PLAY[n:]]
+
+
+@pytest.mark.parametrize("answers", [[WHOLE], [(503, b"", 0), SHORT, WHOLE]], ids=["whole", "fails twice, then works"])
+def test_shakespeare(answers, server, tmp_path, capsys):
+    server.answers += answers
+    shakespeare.main(["--url", server.url, "--out", str(tmp_path / "out")])
+    assert server.asked == len(answers)
+    check_play(tmp_path / "out")
+
+
+def test_shakespeare_truncated_or_another_text(server, tmp_path, capsys):
+    server.answers += [SHORT]
+    assert "only 500 of 3,1" in fails(shakespeare.main, capsys, tmp_path / "out", "--url", server.url)
+    assert server.asked == 4
+    server.answers[:] = [(200, PLAY.encode().swapcase(), len(PLAY))]
+    assert "not tiny Shakespeare" in fails(shakespeare.main, capsys, tmp_path / "out", "--url", server.url)
+    server.answers[:] = [(404, b"", 0)]
+    assert "404" in fails(shakespeare.main, capsys, tmp_path / "out", "--url", server.url)
+
+
+def test_shakespeare_from_a_file(server, tmp_path, capsys):
+    (tmp_path / "play.txt").write_text(PLAY)
+    shakespeare.main(["--file", str(tmp_path / "play.txt"), "--out", str(tmp_path / "out")])
+    assert server.asked == 0
+    check_play(tmp_path / "out")
+    (tmp_path / "play.txt").write_text(PLAY + "x")
+    assert "not tiny Shakespeare" in fails(shakespeare.main, capsys, tmp_path / "no", "--file", tmp_path / "play.txt")
+    assert "nowhere" in fails(shakespeare.main, capsys, tmp_path / "no", "--file", tmp_path / "nowhere")

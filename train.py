@@ -1,0 +1,757 @@
+"""Train a ZAYA1: on a laptop, on one GPU, or on a node with torchrun.
+
+    python train.py                                            the nano preset on the embedded dataset: minutes, any machine
+    python train.py --resume                                   go on after a stop or a crash
+    torchrun --nproc_per_node=8 train.py --preset small ...    RCCL on AMD, NCCL on NVIDIA, gloo on CPU
+
+In reading order: flags, data, optimizer (Muon, AdamW, balancing), checkpoints, log and pictures, the loop.
+"""
+
+import ctypes
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.tokenizer import load_tokenizer
+from zaya import (
+    PRESETS, Zaya, ZayaConfig, find_checkpoint, load_safetensors, parse_flags, read_json, save_safetensors, stop_in_one_line,
+)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class TrainConfig:
+    preset: str = "nano"  # nano, mini, small, medium or zaya1-8b; flags below change single fields of it
+    data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
+    out: str = "out"  # run directory: checkpoints, log, pictures
+    steps: int = 400  # optimizer steps
+    batch_size: int = 32  # sequences a step, over all ranks and micro-batches
+    micro_batch_size: int | None = None  # sequences a rank and forward pass; None: the rank's whole share
+    block_size: int | None = None  # tokens a sequence; None: the preset's context
+    lr: float = 0.01  # peak learning rate, for Muon and AdamW alike
+    final_lr: float = 0.05  # where the cosine ends, as a share of lr
+    warmup: int = 20  # steps from 0 to lr
+    weight_decay: float = 0.05  # of the matrices, a step and unit of lr
+    momentum: float = 0.95  # Muon's
+    grad_clip: float = 1.0  # largest norm of the whole gradient
+    balance_lr: float = 0.001  # AdamW's learning rate for the balancing biases
+    seed: int = 1  # of the weights and the order of the data
+    device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
+    dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
+    compile: bool | None = None  # torch.compile; None: on a GPU
+    eval_every: int = 50  # steps between evaluations
+    eval_batches: int = 20  # micro-batches an evaluation, spread over the validation text; 0: all of it
+    eval_only: bool = False  # evaluate --init_from, or --resume's checkpoint, and leave
+    save_every: int = 100  # steps between checkpoints; there is one at the end, too
+    keep: int = 2  # checkpoints to keep, beside the best
+    resume: bool = False  # go on with the run in --out, with its flags
+    init_from: str | None = None  # start from this checkpoint's weights (fine-tuning)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "micro_batch_size", "block_size", "eval_every", "save_every", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf or not self.grad_clip > 0:
+            raise ValueError("--lr and --grad_clip must be positive")
+        if not 0 <= self.final_lr <= 1 or not 0 <= self.momentum < 1:
+            raise ValueError("--final_lr must be in [0, 1] and --momentum in [0, 1)")
+        if self.preset not in PRESETS:
+            raise ValueError(f"--preset {self.preset} is none of {', '.join(PRESETS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16")
+
+
+def model_config(config, given, vocab_size, eot):
+    """The ZayaConfig of a new run: the preset, changed by the flags given, with the data's vocabulary."""
+    start = PRESETS[config.preset]
+    changes = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    if "num_hidden_layers" in changes:
+        changes.setdefault("layer_types", None)
+    changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
+    changes.setdefault("max_position_embeddings", config.block_size or start.max_position_embeddings)
+    return replace(start, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and devices. One process a GPU; torch.cuda is the API on AMD, too, and "nccl" there is RCCL.
+
+
+class Ranks:
+    """Who we are among the processes that torchrun started; alone, rank 0 of 1."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not usable.get(device):
+            raise ValueError(f"--device {device} is not to be had on this machine")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        self.device = torch.device(device)
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """tensor, summed over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def faster_dtype(device):
+    """bfloat16 on a GPU; on a CPU whichever multiplies faster: with native bf16 4 times fp32's rate, without it a tenth."""
+    if device.type != "cpu":
+        return "bfloat16" if device.type == "cuda" else "float32"
+
+    def seconds(dtype):
+        a = torch.randn(1024, 256).to(dtype)
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a.t()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return "bfloat16" if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+
+
+def keep_freed_memory():
+    """Stop glibc from handing every freed tensor back to the kernel, only to fault its pages in again: a tenth of a step."""
+    if sys.platform == "linux":
+        libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(TRIM_THRESHOLD, 1 << 30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Tokens:
+    """One of a data folder's two files, cut into blocks. Which block is where in which step follows from the seed alone,
+    so neither the number of ranks nor accumulation nor a resume changes what step s learns from."""
+
+    def __init__(self, folder, split, block_size, seed, meta):
+        path = folder / f"{split}.bin"
+        if meta.get("dtype") not in ("uint16", "uint32"):
+            raise ValueError(f'{folder / "meta.json"}: dtype must be uint16 or uint32, not {meta.get("dtype")!r}')
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        if path.stat().st_size % dtype.itemsize:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}")
+        count = path.stat().st_size // dtype.itemsize
+        if count < block_size + 1:
+            raise ValueError(f"{path} has {count} tokens, a block of {block_size} and the token after it need more")
+        self.ids = np.memmap(path, dtype, mode="r")
+        if (largest := max(int(self.ids[i : i + 2**24].max()) for i in range(0, count, 2**24))) >= meta["vocab_size"]:
+            raise ValueError(f"{path} holds the token id {largest}, the vocabulary ends at {meta['vocab_size'] - 1}")
+        self.block_size, self.seed = block_size, seed
+        self.blocks = (count - 1) // block_size
+
+    @lru_cache(maxsize=2)
+    def epoch(self, number):
+        """Where the blocks of an epoch begin, in its order. Every epoch cuts the text at other places."""
+        random = np.random.default_rng([self.seed, number])
+        blocks = max(1, self.blocks - 1)
+        shift = random.integers(0, len(self.ids) - blocks * self.block_size)
+        return shift + self.block_size * random.permutation(blocks)
+
+    def batch(self, starts, device):
+        """(inputs, targets), each (len(starts), block_size) int64, targets one token later."""
+        rows = np.stack([self.ids[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
+        rows = torch.from_numpy(rows)
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        return rows[:, :-1].to(device), rows[:, 1:].to(device)
+
+    def training_batch(self, step, batch_size, first, last, device):
+        """Sequences first to last - 1 of the batch_size sequences of a step."""
+        numbers = range(step * batch_size + first, step * batch_size + last)
+        per_epoch = len(self.epoch(0))
+        return self.batch([self.epoch(i // per_epoch)[i % per_epoch] for i in numbers], device)
+
+    def validation_starts(self, sequences):
+        """Where that many blocks, spread evenly over the text, begin; all of them for 0."""
+        count = min(sequences or self.blocks, self.blocks)
+        return [int(i * self.blocks / count) * self.block_size for i in range(count)]
+
+
+def open_data(name, ranks):
+    """The data folder of a name or path, and its meta.json. A dataset under data/ is prepared here when it is not there."""
+    folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name)
+    if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
+        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+            raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
+    ranks.wait()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data {name}: no such name under data/ and no such folder")
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"--data {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
+    meta = read_json(folder / "meta.json")
+    for key in ("vocab_size", "bytes_per_token"):
+        if not isinstance(meta.get(key), (int, float)) or meta[key] <= 0:
+            raise ValueError(f"{folder / 'meta.json'} has no valid {key}")
+    return folder, meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def newton_schulz(g, steps=5):
+    """Replace the singular values of every matrix of g (M, rows, cols) by numbers near 1, keeping the singular vectors.
+
+    Keller Jordan's quintic iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x, in g's dtype.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
+    for _ in range(steps):
+        square = x @ x.mT
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
+    return x.mT if g.shape[-2] > g.shape[-1] else x
+
+
+class Muon:
+    """Momentum, made orthogonal: every direction of a weight matrix is moved by the same amount [R].
+
+    One matrix is one unit: an expert's gate, up and down each on its own. Those of a shape go through Newton-Schulz
+    in batches. The update has the root mean square 0.2, as AdamW's has, so that both take one learning rate.
+    """
+
+    BATCH = 2**22  # numbers in a batch: larger ones leave a CPU's cache
+
+    def __init__(self, parameters, dtype, momentum, weight_decay):
+        self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
+        # The fp32 weights: the parameters themselves, or what remains of them when the model is cast to bf16.
+        self.master = {name: p.detach() if dtype == torch.float32 else p.detach().clone() for name, p in parameters.items()}
+        self.buffer = {name: torch.zeros_like(master) for name, master in self.master.items()}
+
+    @staticmethod
+    def matrices(name, tensor):
+        """tensor as (M, rows, cols)."""
+        if name.endswith("experts.gate_up_proj"):  # (E, 2F, D): gate and up are two matrices
+            return tensor.view(2 * tensor.shape[0], -1, tensor.shape[2])
+        return tensor.view(-1, *tensor.shape[-2:])
+
+    def batches(self):
+        """Lists of names whose matrices have one shape, of about BATCH numbers each."""
+        by_shape = {}
+        for name, p in self.parameters.items():
+            lists = by_shape.setdefault(self.matrices(name, p).shape[1:], [[]])
+            if sum(self.parameters[n].numel() for n in lists[-1]) >= self.BATCH:
+                lists.append([])
+            lists[-1].append(name)
+        return [names for lists in by_shape.values() for names in lists]
+
+    @torch.no_grad()
+    def step(self, lr):
+        for names in self.batches():
+            steps = []
+            for name in names:
+                grad, buffer = self.parameters[name].grad.float(), self.buffer[name]
+                buffer.lerp_(grad, 1 - self.momentum)
+                steps.append(self.matrices(name, grad.lerp(buffer, self.momentum)))  # Nesterov
+            steps = torch.cat(steps)
+            dtype = self.parameters[names[0]].dtype  # bf16 does where the weights are bf16
+            steps = newton_schulz(steps.to(dtype)).float() * (0.2 * math.sqrt(max(steps.shape[1:])))
+            for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
+                master = self.master[name]
+                master.mul_(1 - lr * self.weight_decay).sub_(update.reshape(master.shape), alpha=lr)
+                if self.parameters[name].dtype != torch.float32:
+                    self.parameters[name].copy_(master)
+
+    def state(self):
+        return {f"muon.{name}": buffer for name, buffer in self.buffer.items()}
+
+
+class AdamW:
+    """AdamW without decay for all that is no matrix, on one flat vector."""
+
+    def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
+        self.parameters, self.betas, self.eps, self.prefix = list(parameters), betas, eps, prefix
+        self.flat = torch.cat([p.detach().float().flatten() for p in self.parameters])  # the fp32 masters
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.count = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, lr, grads=None):
+        grads = grads or [p.grad for p in self.parameters]
+        grad = torch.cat([g.float().flatten() for g in grads])
+        self.count += 1
+        (beta1, beta2), n = self.betas, self.count.item()
+        self.mean.lerp_(grad, 1 - beta1)
+        self.square.lerp_(grad.square_(), 1 - beta2)
+        denominator = (self.square / (1 - beta2**n)).sqrt_().add_(self.eps)
+        self.flat.addcdiv_(self.mean, denominator, value=-lr / (1 - beta1**n))
+        for p, new in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
+            p.copy_(new.view(p.shape))
+
+    def state(self):
+        return {f"{self.prefix}.{name}": getattr(self, name) for name in ("mean", "square", "count")}
+
+
+class Optimizer:
+    """Muon for the matrices, AdamW for the rest, and a third AdamW loop that keeps the experts evenly busy.
+
+    Takes the fp32 model as it is, keeps the masters, and leaves the model cast to dtype.
+    """
+
+    def __init__(self, model, config, dtype):
+        self.model, self.config = model, config
+        named = dict(model.named_parameters())
+        matrices = {name: p for name, p in named.items() if p.ndim >= 2 and not re.search("embed|lm_head|conv", name)}
+        self.rest = {name: p for name, p in named.items() if name not in matrices}
+        self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay)
+        self.adamw = AdamW(self.rest.values())
+        model.cast(dtype)
+        # [R] eq. 5: what would be the gradient of a bias is its expert's share of the tokens less 1 / E. AdamW turns
+        # that into a PID-like loop. The skip entry, the last, is left alone.
+        self.biases = [router.balancing_biases[:-1] for router in model.routers]
+        self.balance = AdamW(self.biases, betas=(0.9, 0.999), prefix="balance") if self.biases else None
+
+    def step(self, lr, load):
+        """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
+        self.muon.step(lr)
+        self.adamw.step(lr)
+        if self.balance:
+            self.balance.step(self.config.balance_lr, list(load - 1 / load.shape[1]))
+
+    def masters(self):
+        """The model's state dict with fp32 masters in the place of bf16 weights."""
+        flat = self.adamw.flat.split([p.numel() for p in self.rest.values()])
+        rest = {name: master.view(p.shape) for (name, p), master in zip(self.rest.items(), flat)}
+        return self.model.state_dict() | self.muon.master | rest
+
+    def state(self):
+        return self.muon.state() | self.adamw.state() | (self.balance.state() if self.balance else {})
+
+    def load_state(self, tensors, source):
+        """Put back what state() gave. Raises ValueError if tensors are not the state of this model's optimizer."""
+        own = self.state()
+        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+            raise ValueError(f"{source} is not the optimizer's state for this model")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then a cosine to final_lr * lr at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def load_entropy(load):
+    """How evenly the experts are used: H(p) / ln E of load (L, E), averaged over layers; 1 is perfectly even."""
+    p = load / load.sum(dim=1, keepdim=True).clamp_min(1)
+    return (-(p * p.clamp_min(1e-30).log()).sum(dim=1) / math.log(max(2, load.shape[1]))).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: written aside, synced, renamed. Whatever moment the power goes, a whole one is there.
+
+
+def sync(path):
+    """Ask the disk to keep a file or the entries of a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(new, final):
+    """Put the finished folder new in the place of final, which may exist."""
+    for path in new.iterdir():
+        sync(path)
+    sync(new)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old)
+    else:
+        new.rename(final)
+    sync(final.parent)
+
+
+def save_checkpoint(out, step, optimizer, tokenizer, record, keep):
+    """Write out/step-NNNNNNN; forget all but the newest `keep`. Raises OSError, and leaves the older ones, if it cannot."""
+    final = out / f"step-{step:07d}"
+    new = out / f".{final.name}.partial"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        optimizer.model.save_pretrained(new, optimizer.masters())
+        tokenizer.save(new)
+        save_safetensors(new / "trainer.safetensors", optimizer.state())
+        (new / "trainer.json").write_text(json.dumps({"step": step, **record}, indent=2) + "\n")
+        replace_folder(new, final)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        older = sorted(out.glob("step-*[0-9]"))
+        last = f"{older[-1]} is the last good checkpoint" if older else "there is no earlier checkpoint"
+        raise OSError(f"could not save step {step}: {error.strerror or error}; {last}") from None
+    for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def mark_best(checkpoint):
+    """Make out/best a checkpoint of the same files (hard links where the file system has them)."""
+    new = checkpoint.with_name(".best.partial")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for file in checkpoint.iterdir():
+        try:
+            os.link(file, new / file.name)
+        except OSError:
+            shutil.copyfile(file, new / file.name)
+    replace_folder(new, checkpoint.with_name("best"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log and pictures
+
+
+def read_log(out):
+    """The objects of out/log.jsonl; a last line that the power cut short is left out."""
+    entries = []
+    for line in (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def plot(out):
+    """Draw out/loss.png and, for a mixture of experts, out/experts.png from the log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = [entry for entry in read_log(out) if "loss" in entry]
+    if not log:
+        return
+    steps, losses = [e["step"] for e in log], np.array([e["loss"] for e in log], dtype=float)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    width = max(1, len(log) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axis.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training (mean of {width} steps)")
+    seen = [e for e in log if "val_loss" in e]
+    if seen:
+        label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
+        axis.plot([e["step"] for e in seen], [e["val_loss"] for e in seen], "o-", markersize=4, color="tab:orange", label=label)
+    top = np.nanpercentile(losses, 99) if np.isfinite(losses).any() else 1
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=f"{out.resolve().name}: loss", ylim=(0.95 * np.nanmin(losses), 1.05 * top))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(out / "loss.png", dpi=110)
+    plt.close(figure)
+
+    loads = [e for e in log if "load" in e]
+    if not loads:
+        return
+    share = np.array([e["load"] for e in loads], dtype=float)  # (time, L, E)
+    share = share / share.sum(axis=2, keepdims=True) * share.shape[2]
+    layers = sorted(set(np.linspace(0, share.shape[1] - 1, 8).astype(int)))  # at most 8 panels
+    figure, axes = plt.subplots(len(layers), 1, figsize=(8, 1 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False)
+    for axis, layer in zip(axes[:, 0], layers):
+        image = axis.imshow(
+            share[:, layer].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest",
+            extent=(loads[0]["step"], loads[-1]["step"] + 1e-9, -0.5, share.shape[2] - 0.5),
+        )  # fmt: skip
+        axis.set_ylabel(f"layer {layer}\nexpert")
+    axes[-1, 0].set_xlabel("step")
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label="tokens, as a multiple of an even share", shrink=0.8)
+    figure.suptitle(f"{out.resolve().name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
+    figure.savefig(out / "experts.png", dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def collect_counts(routers, ranks):
+    """Tokens a layer and class since the last call, over all ranks, (L, E + 1); one reduction for all layers."""
+    if not routers:
+        return None
+    counts = ranks.sum(torch.stack([router.counts for router in routers]))
+    for router in routers:
+        router.counts.zero_()
+    return counts
+
+
+@torch.no_grad()
+def evaluate(model, tokens, config, ranks, routers):
+    """Mean loss over the validation blocks (nats a token), and the load entropy there (None for a dense model)."""
+    sequences = config.eval_batches * config.micro_batch_size
+    starts = tokens.validation_starts(sequences)[ranks.rank :: ranks.world]
+    total = torch.zeros(2, dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
+    for i in range(0, len(starts), config.micro_batch_size):
+        inputs, targets = tokens.batch(starts[i : i + config.micro_batch_size], ranks.device)
+        _, loss = model(inputs, targets)
+        total += torch.stack([loss * len(inputs), torch.tensor(float(len(inputs)), device=ranks.device)])
+    total = ranks.sum(total)
+    counts = collect_counts(routers, ranks)
+    return (total[0] / total[1]).item(), None if counts is None else load_entropy(counts[:, :-1].float())
+
+
+def resolve_flags(given):
+    """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
+    out = Path(given.get("out", TrainConfig.out))
+    holds_run = any((out / name).exists() for name in ("args.json", "log.jsonl")) or any(out.glob("step-*"))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
+    if given.get("resume") and not holds_run:
+        raise FileNotFoundError(f"--resume: {out} holds no run")
+    if not (given.get("resume") or restarted) and holds_run and not given.get("eval_only"):
+        raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    if not holds_run or not (given.get("resume") or restarted):
+        return given, False
+    saved = read_json(out / "args.json")
+    shape = {f.name for f in fields(ZayaConfig)} | {"preset", "data", "init_from"}
+    if changed := [name for name in given if name in shape and given[name] != saved.get(name, getattr(TrainConfig, name, None))]:
+        raise ValueError(f"--resume cannot change --{changed[0]}: that would be another model; start a run of its own")
+    return saved | given, True
+
+
+def new_model(config, given, meta, eot):
+    """A fresh model, or --init_from's with the context length and RoPE bases that the flags give."""
+    if config.init_from is None:
+        torch.manual_seed(config.seed)
+        return Zaya(model_config(config, given, meta["vocab_size"], eot))
+    model = Zaya.from_pretrained(config.init_from, dtype=torch.float32)
+    free = {"rope_theta", "sliding_rope_theta", "max_position_embeddings"}
+    changes = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    if fixed := sorted(changes.keys() - free):
+        raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError(f"--data has {meta['vocab_size']} token ids, {config.init_from} knows {model.config.vocab_size}")
+    if config.block_size:
+        changes.setdefault("max_position_embeddings", config.block_size)
+    model.config = replace(model.config, **changes)
+    return model
+
+
+def main():
+    given = parse_flags(__doc__, TrainConfig, ZayaConfig)
+    given, resuming = resolve_flags(given)
+    config = TrainConfig(**{name: value for name, value in given.items() if name in {f.name for f in fields(TrainConfig)}})
+    keep_freed_memory()
+    ranks = Ranks(config.device)
+    out, device = Path(config.out), ranks.device
+
+    # Data
+    folder, meta = open_data(config.data, ranks)
+    tokenizer = load_tokenizer(folder)
+
+    # Model and optimizer
+    checkpoint = None
+    if resuming:
+        try:
+            checkpoint = find_checkpoint(out)
+        except FileNotFoundError:
+            ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
+    if checkpoint:
+        model = Zaya.from_pretrained(checkpoint, dtype=torch.float32)
+        record = read_json(checkpoint / "trainer.json")
+        if model.config.vocab_size < meta["vocab_size"]:
+            raise ValueError(f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {model.config.vocab_size}")
+    else:
+        model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
+    config.block_size = config.block_size or model.config.max_position_embeddings
+    if config.batch_size % ranks.world:
+        raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
+    share = config.batch_size // ranks.world
+    config.micro_batch_size = config.micro_batch_size or share
+    if share % config.micro_batch_size:
+        raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
+    train = Tokens(folder, "train", config.block_size, config.seed, meta)
+    val = Tokens(folder, "val", config.block_size, config.seed, meta)
+    config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
+    model.to(device)
+    optimizer = Optimizer(model, config, getattr(torch, config.dtype))
+    if checkpoint:
+        optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
+    config.compile = device.type == "cuda" if config.compile is None else config.compile
+    compiled = torch.compile(model, dynamic=False) if config.compile else model
+    ddp = compiled
+    if ranks.world > 1:
+        # Buffers are not broadcast: every rank counts its own tokens, and the balancing biases are equal anyway.
+        ddp = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+    routers, parameters = model.routers, list(model.parameters())
+
+    if config.eval_only:
+        val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
+        report = f"validation loss {val_loss:.4f} nats a token, {val_loss / math.log(2) / meta['bytes_per_token']:.4f} bits a byte"
+        ranks.first and print(report + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
+        return
+
+    # The run directory
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        own = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+        (out / "args.json").write_text(json.dumps(asdict(config) | own | {"resume": False}, indent=2) + "\n")
+        kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
+        (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        log = open(out / "log.jsonl", "a", buffering=1)
+        total, active = model.parameter_counts()
+        print(
+            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(train.ids) / 1e6:.1f}M tokens of "
+            f"{config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
+        )
+
+    # SIGTERM and Ctrl-C finish the step, save, and leave with status 0.
+    asked_to_stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+
+    step, bad_in_a_row = record["step"], 0
+    load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
+    saved_step = step if checkpoint else None
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
+    while step < config.steps and not asked_to_stop:
+        started = time.perf_counter()
+        lr = learning_rate(step, config)
+
+        # Gradients: micro-batch after micro-batch; the ranks' are averaged during the last one's backward pass.
+        loss_sum = torch.zeros((), device=device)
+        first = ranks.rank * share
+        for start in range(first, first + share, config.micro_batch_size):
+            end = start + config.micro_batch_size
+            inputs, targets = train.training_batch(step, config.batch_size, start, end, device)
+            accumulating = ranks.world > 1 and end < first + share
+            with ddp.no_sync() if accumulating else nullcontext():
+                _, loss = ddp(inputs, targets)
+                loss = loss * (config.micro_batch_size / share)
+                loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+
+        # What all ranks must agree on: the loss, and whether to stop.
+        agreed = ranks.sum(torch.stack([loss_sum / ranks.world, torch.tensor(float(bool(asked_to_stop)), device=device)]))
+        loss, norm, stopping = agreed[0].item(), grad_norm.item(), agreed[1].item() > 0
+        counts = collect_counts(routers, ranks)
+        if math.isfinite(loss) and math.isfinite(norm):
+            load = None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True)
+            optimizer.step(lr, load)
+            bad_in_a_row = 0
+        else:  # skip the update; one bad batch must not spoil the weights
+            record["skipped"] += 1
+            bad_in_a_row += 1
+        for p in parameters:
+            p.grad = None
+        step += 1
+
+        # Log, evaluate, save.
+        seconds = time.perf_counter() - started
+        entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
+        entry |= {"tokens_per_s": config.batch_size * config.block_size / seconds, "step_ms": 1e3 * seconds}
+        if counts is not None:
+            entry["load_entropy"] = load_entropy(counts[:, :-1].float())
+            if step % load_every == 0:
+                entry["load"] = counts[:, :-1].tolist()
+        better = False
+        if step % config.eval_every == 0 or step == config.steps:
+            entry["val_loss"], entropy = evaluate(compiled, val, config, ranks, routers)
+            entry["val_bpb"] = entry["val_loss"] / math.log(2) / meta["bytes_per_token"]
+            if entropy is not None:
+                entry["val_load_entropy"] = entropy
+            better = record["best"] is None or entry["val_loss"] < record["best"]
+            record["best"] = entry["val_loss"] if better else record["best"]
+        if ranks.first:
+            log.write(json.dumps(entry) + "\n")
+            report(bar, entry)
+        if bad_in_a_row == 10:
+            last = f"{out}/step-{saved_step:07d} is the last good checkpoint" if saved_step is not None else "no checkpoint yet"
+            raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
+        if ranks.first and (better or stopping or step == config.steps or step % config.save_every == 0):
+            path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep)
+            saved_step = step
+            if better:
+                mark_best(path)
+        if stopping:
+            break
+    bar.close()
+    if ranks.first:
+        plot(out)
+        farewell(model, tokenizer, config, step)
+    ranks.wait()
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+def finite(number):
+    """number, or None where JSON has no word for it."""
+    return number if math.isfinite(number) else None
+
+
+def report(bar, entry):
+    """Move the progress bar on; a line of its own for an evaluation."""
+    bar.update()
+    shown = {"loss": f"{entry['loss']:.3f}" if entry["loss"] is not None else "skipped", "tok/s": f"{entry['tokens_per_s']:,.0f}"}
+    if "load_entropy" in entry:
+        shown["load entropy"] = f"{entry['load_entropy']:.3f}"
+    bar.set_postfix(shown, refresh=False)
+    if "val_loss" in entry:
+        entropy = f", load entropy {entry['val_load_entropy']:.3f}" if "val_load_entropy" in entry else ""
+        bar.write(f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, {entry['val_bpb']:.4f} bits a byte{entropy}")
+
+
+def farewell(model, tokenizer, config, step):
+    """What to do next; after the last step, with a sample of text."""
+    if step < config.steps:
+        print(f"stopped after step {step}, which is saved; go on with: python train.py --out {config.out} --resume")
+        return
+    start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n")
+    tokens = torch.tensor([start], device=next(model.parameters()).device)
+    torch.manual_seed(config.seed)
+    text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
+    print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
+    print(f'loss and experts: {config.out}/loss.png, {config.out}/experts.png; more text: python sample.py --checkpoint {config.out} --prompt "import "')
+
+
+if __name__ == "__main__":
+    with stop_in_one_line():
+        main()

@@ -1,0 +1,977 @@
+"""ZAYA1, whole: a mixture-of-experts language model in plain PyTorch, to be read from top to bottom.
+
+    tokens -> embedding -> L x (CCA attention, top-1 mixture of experts) -> norm -> logits
+
+Its three ideas, in the order in which you meet them below:
+  1. Compressed Convolutional Attention: attention in a space half as wide, its queries and keys mixed with
+     the previous tokens' by two short convolutions. The KV cache is 8 times smaller than multi-head attention's.
+  2. A router that thinks before it routes: a small MLP on a state that flows from layer to layer picks one
+     expert a token, and a bias outside autograd keeps the experts evenly busy, with no auxiliary loss.
+  3. Residual scaling: at every merge four learned vectors weigh the stream against what is added to it.
+
+Sources: [R] ZAYA1-8B Technical Report, arXiv 2605.05365. [C] Compressed Convolutional Attention, arXiv 2510.04476.
+[T] ZayaForCausalLM of `transformers`, to which this file is numerically equal (tests/test_parity.py).
+[Z] Zyphra's own training code. Where they differ, a comment says which one we follow.
+
+Shapes, one letter each:
+  B batch         T time (tokens)          S time with the cache's past    N = B * T
+  D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
+  L layers        E experts                F expert width                  R router width      V vocabulary
+"""
+
+import argparse
+import inspect
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class ZayaConfig:
+    """The shape of a model. The defaults are ZAYA1-8B; the names are those of its config.json.
+
+    Raises ValueError, in one line, for a value that no model can have.
+    """
+
+    vocab_size: int = 262272  # number of token ids (Gemma 3's tokenizer); train.py takes it from the data
+    hidden_size: int = 2048  # D, width of the residual stream
+    num_hidden_layers: int = 40  # L, each is attention and then experts
+    num_attention_heads: int = 8  # Hq, query heads: Hq * h = D / 2 is the "compressed" of CCA
+    num_key_value_heads: int = 2  # Hk, key and value heads: an 8 times smaller cache than D / h heads need
+    head_dim: int = 128  # h, size of a head, divisible by 4
+    moe_intermediate_size: int = 2048  # F, width of one expert
+    num_experts: int = 16  # E, of which each token meets one
+    router_hidden_size: int = 256  # R, width of the router's MLP
+    cca_time0: int = 2  # taps of the first (depthwise) convolution of CCA
+    cca_time1: int = 2  # taps of the second (grouped) convolution of CCA
+    rope_theta: float = 5e6  # base of the rotary embedding; 1e4 while pretraining at 4,096 tokens [R]
+    sliding_rope_theta: float = 1e4  # the same for sliding-window layers
+    partial_rotary_factor: float = 0.5  # share of a head's channels that is rotated
+    layer_types: list[str] | None = None  # "hybrid" (full attention) or "hybrid_sliding" a layer; None: all full
+    sliding_window: int | None = None  # tokens that a sliding layer sees, the current one included
+    max_position_embeddings: int = 131072  # context length; nothing is stored for it
+    rms_norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    tie_word_embeddings: bool = True  # the LM head is the embedding
+    bos_token_id: int | None = 2  # first token of a text, if any
+    eos_token_id: int | None = 106  # ends a text, if any
+    pad_token_id: int | None = 0  # fills short rows of a batch, if any; not used here
+    attention: str = "cca"  # "cca", or a conventional "gqa" or "mha" (Hq = Hk = D / h) to compare with
+    mlp: str = "moe"  # "moe", or "dense": one SwiGLU of width F and no router, to compare with
+
+    def __post_init__(self):
+        if self.attention == "mha":  # the conventional twin: no compression, a key head for every query head
+            self.num_attention_heads = self.num_key_value_heads = self.hidden_size // self.head_dim
+        if self.layer_types is None:
+            self.layer_types = ["hybrid"] * self.num_hidden_layers
+        for name in [f.name for f in fields(self) if f.type is int]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim {self.head_dim} is not divisible by 4 (half of it is rotated in pairs)")
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
+            raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} does not rotate an even number of channels")
+        if self.rope_theta <= 0 or self.sliding_rope_theta <= 0 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
+            raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {"hybrid", "hybrid_sliding"}:
+            raise ValueError(f'layer_types must name {self.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"')
+        if "hybrid_sliding" in self.layer_types and (self.sliding_window or 0) < 1:
+            raise ValueError("sliding_window must be at least 1 where layer_types has hybrid_sliding")
+        if self.attention not in ("cca", "gqa", "mha") or self.mlp not in ("moe", "dense"):
+            raise ValueError(f'attention is cca, gqa or mha and mlp is moe or dense, not "{self.attention}" and "{self.mlp}"')
+
+    @property
+    def rotary_dim(self):
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def past_columns(self):  # how many tokens back the two convolutions look
+        return (self.cca_time0 - 1) + (self.cca_time1 - 1)
+
+
+def replica(hidden_size, num_hidden_layers, head_dim, **changes):
+    """A ZAYA1 of another size in the official proportions: queries D / 2, keys D / 8, F = D, R = D / 8, 16 experts."""
+    return ZayaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        head_dim=head_dim,
+        num_attention_heads=hidden_size // 2 // head_dim,
+        num_key_value_heads=hidden_size // 8 // head_dim,
+        moe_intermediate_size=hidden_size,
+        router_hidden_size=hidden_size // 8,
+        **{"vocab_size": 50257, "rope_theta": 1e4, "max_position_embeddings": 4096}
+        | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        | changes,
+    )
+
+
+PRESETS = {
+    "nano": replica(256, 4, 32, vocab_size=2048, max_position_embeddings=256),  # a laptop's CPU, minutes
+    "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU, an hour
+    "small": replica(1024, 20, 128),  # one GPU, days; one node, a night
+    "medium": replica(2048, 20, 128),  # one node, weeks
+    "zaya1-8b": ZayaConfig(),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms and rotary embedding. All of it in fp32, whatever the weights are [R].
+
+
+class Normalize(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, with its gradient in four passes (autograd's own takes a dozen)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = grad * x
+        grad_weight = inverse.flatten() @ grad_x.flatten(0, -2)
+        along_x = (grad_x @ weight)[..., None] * inverse**3 / x.shape[-1]
+        grad_x = torch.mul(grad, weight, out=grad_x).mul_(inverse).addcmul_(x, along_x, value=-1)
+        return grad_x, grad_weight, None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed and returned in fp32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return Normalize.apply(x.float(), self.weight, self.eps)
+
+
+def linear(x, weight, bias=None):
+    """x (..., in) times weight (out, in) in the weight's dtype: here fp32 becomes the compute dtype (bf16, say)."""
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def rotary_table(positions, rotary_dim, theta):
+    """cos and sin, (T, 1, rotary_dim / 2) each: pair i turns by position * theta^(-2i / rotary_dim)."""
+    frequencies = theta ** -(torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim)
+    angles = positions[:, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the first channels of every head of x (B, T, H, h); channel i pairs with i + rotary_dim / 2 (NeoX)."""
+    half = cos.shape[-1]
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Idea 1: Compressed Convolutional Attention [C]
+
+
+def qk_mean(qk, Hq, Hk):
+    """What the convolutions are a correction to: each query's mean with its key, each key's with its queries.
+
+    qk: [q0 | k0] (B, T, C) -> the same shape. [C] II-B: from the projections BEFORE the convolutions.
+    """
+    B, T, C = qk.shape
+    h, group = C // (Hq + Hk), Hq // Hk
+    q, k = qk.split([Hq * h, Hk * h], dim=-1)
+    mean_q = (q.view(B, T, Hk, group, h) + k.view(B, T, Hk, 1, h)) * 0.5
+    mean_k = mean_q.mean(dim=3)
+    return torch.cat([mean_q.view(B, T, Hq * h), mean_k.view(B, T, Hk * h)], dim=-1)
+
+
+def depthwise_conv(x, weight, bias):
+    """A short causal filter for every channel. x (B, T + taps - 1, C), weight (C, 1, taps) -> (B, T, C)."""
+    taps = weight.shape[-1]
+    T = x.shape[1] - taps + 1
+    y = bias
+    for tap in range(taps):
+        y = torch.addcmul(y, x[:, tap : tap + T], weight[:, 0, tap])
+    return y
+
+
+def grouped_conv(x, weight, bias, H):
+    """A short causal filter that also mixes the channels of a head: for every head and tap an h x h matrix.
+
+    x (B, T + taps - 1, C), weight (C, h, taps) -> (B, T, C). The taps lie side by side, so each head is one
+    product: 4 times faster than F.conv1d(groups=H) forward and backward on a CPU, and no transposed copies.
+    """
+    B, C, taps = x.shape[0], x.shape[2], weight.shape[2]
+    T, h = x.shape[1] - taps + 1, C // H
+    x = torch.cat([x[:, tap : tap + T].view(B, T, H, h) for tap in range(taps)], dim=-1)
+    x = x.view(B * T, H, taps * h).transpose(0, 1)  # (H, N, taps * h)
+    weight = weight.view(H, h, h, taps).permute(0, 3, 2, 1).reshape(H, taps * h, h)  # (head, out, in, tap) -> (head, tap in, out)
+    return torch.baddbmm(bias.view(H, 1, h), x, weight).transpose(0, 1).reshape(B, T, C)
+
+
+def cca(qk, past, depthwise, grouped, temp, cos, sin):
+    """Everything between the projections and the attention, for queries and keys ([C] II-B, steps 2, 3, 4, 6, 7).
+
+    qk         [q0 | k0] (B, T, C)
+    past       the P columns before it (B, P, C), zeros at the start of a text
+    depthwise  (weight (C, 1, taps), bias (C)) of the first convolution, `grouped` (weight (C, h, taps), bias (C)) of the second
+    temp       (Hk), a learned factor for the length of every key, used raw ([C] had exp(temp); the released weights do not)
+    cos, sin   (T, 1, rotary_dim / 2)
+    Returns q (B, T, Hq, h) and k (B, T, Hk, h), in qk's dtype.
+    """
+    B, T, C = qk.shape
+    h, Hk = grouped[0].shape[1], len(temp)
+    H, Hq = C // h, C // h - Hk
+    # The text is padded once, before both convolutions. So at position 0 the second one sees the first one's bias.
+    mixed = grouped_conv(depthwise_conv(torch.cat([past, qk], dim=1), *depthwise), *grouped, H)
+    mixed = mixed.float() + qk_mean(qk.float(), Hq, Hk)  # fp32 from here [R]
+    mixed = mixed.view(B, T, H, h)
+    # Every head gets length sqrt(h), keys times temp. [T] clamps the norm at its dtype's eps; we, at fp32's.
+    length = math.sqrt(h) * torch.cat([temp.new_ones(Hq), temp])[:, None]  # (H, 1)
+    norm = mixed.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps ** 2).sqrt()
+    mixed = rotate(mixed * (length / norm), cos, sin).to(qk.dtype)
+    return mixed.split([Hq, Hk], dim=2)
+
+
+def attend(q, k, v, window=None):
+    """Causal grouped-query attention, scale 1 / sqrt(h): the T queries are the last T of the S positions.
+
+    q (B, T, Hq, h), k and v (B, S, Hk, h); window: how many positions a query sees, its own included.
+    Returns (B, T, Hq * h).
+    """
+    B, T, Hq, h = q.shape
+    S = k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    window = window if window is not None and window < S else None
+    if window is None and T in (1, S):  # nothing is hidden but the future; for one new token not even that
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    else:  # is_causal would align the first query with the first key, wrong where S > T: write the mask
+        query, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
+        visible = (key <= query) & (key > query - (window or S))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    return out.transpose(1, 2).reshape(B, T, Hq * h)
+
+
+class CCA(nn.Module):
+    """The projections of Compressed Convolutional Attention and its two convolutions [C] II-B."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, h = config.hidden_size, config.head_dim
+        q_size, k_size = config.num_attention_heads * h, config.num_key_value_heads * h
+        C = q_size + k_size
+        self.q_proj = nn.Linear(D, q_size, bias=False)
+        self.k_proj = nn.Linear(D, k_size, bias=False)
+        self.v_proj_current = nn.Linear(D, k_size // 2, bias=False)
+        self.v_proj_delayed = nn.Linear(D, k_size // 2, bias=False)
+        self.past_columns = config.past_columns
+        self.conv_qk_depthwise = nn.Conv1d(C, C, config.cca_time0, groups=C)
+        self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
+
+    def forward(self, x, temp, cos, sin, cache):
+        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
+        B, T, _ = x.shape
+        parts = [self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed]
+        sizes = [parts[0].out_features + parts[1].out_features, parts[2].out_features, parts[3].out_features]
+        qk, v_now, v_late = linear(x, torch.cat([part.weight for part in parts])).split(sizes, dim=-1)
+        if cache is None:
+            past, v_before = qk.new_zeros(B, self.past_columns, sizes[0]), v_late.new_zeros(B, 1, sizes[2])
+        else:
+            past, v_before = cache.shift(qk, v_late)
+        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+        q, k = cca(qk, past, (depthwise.weight, depthwise.bias), (grouped.weight, grouped.bias), temp, cos, sin)
+        # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
+        v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
+        return q, k, torch.cat([v_now, v_late], dim=-1).view(B, T, k.shape[2], k.shape[3])
+
+
+class PlainProjection(nn.Module):
+    """Not ZAYA1: the q, k and v of conventional attention ("gqa", "mha"), rotated, to compare CCA with."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.h = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, config.num_attention_heads * self.h, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * self.h, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * self.h, bias=False)
+
+    def forward(self, x, temp, cos, sin, cache):
+        q, k, v = (linear(x, part.weight).unflatten(-1, (-1, self.h)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
+
+
+class Attention(nn.Module):
+    """CCA's queries, keys and values, then ordinary causal attention in the compressed space."""
+
+    def __init__(self, config, layer_type):
+        super().__init__()
+        self.window = config.sliding_window if layer_type == "hybrid_sliding" else None
+        self.qkv_proj = CCA(config) if config.attention == "cca" else PlainProjection(config)
+        # From scratch the temperature starts at 1. [T] and [Z] start at 0: every key is zero, and attention a mean.
+        self.qk_norm = nn.ParameterDict({"temp": torch.ones(config.num_key_value_heads)} if config.attention == "cca" else {})
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, cache):
+        """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
+        q, k, v = self.qkv_proj(x, self.qk_norm["temp"] if "temp" in self.qk_norm else None, *rotary, cache)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return linear(attend(q, k, v, self.window), self.o_proj.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Idea 2: a router that thinks, and the experts it chooses from [R] II-A
+
+
+class Router(nn.Module):
+    """Gives each token one of E experts, or the skip class, whose output is zero (Mixture of Depths)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D, R, classes = config.hidden_size, config.router_hidden_size, config.num_experts + 1
+        self.down_proj = nn.Linear(D, R)
+        if layer > 0:
+            self.router_states_scale = nn.Parameter(torch.ones(R))  # gamma
+        self.router_mlp = nn.ModuleDict(
+            {
+                "norm": RMSNorm(R, config.rms_norm_eps),
+                "fc1": nn.Linear(R, R),
+                "fc2": nn.Linear(R, R),
+                "out_proj": nn.Linear(R, classes, bias=False),
+            }
+        )
+        # Added to the probabilities for the choice alone. The optimizer of train.py moves the experts' entries until
+        # all are equally busy; the skip entry stays at -1, as in the released weights: skip never wins in practice.
+        bias = torch.zeros(classes)
+        bias[-1] = -1.0
+        self.register_buffer("balancing_biases", bias)
+        # Tokens that each class has been given since the trainer last set this to zero.
+        self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
+
+    def forward(self, x, state):
+        """x (N, D), state: the previous layer's (N, R) or None
+        -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R)."""
+        state_before, state = state, linear(x, self.down_proj.weight, self.down_proj.bias).float()
+        if state_before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading with depth
+            state = state + state_before * self.router_states_scale
+        mlp = self.router_mlp
+        thought = F.gelu(linear(mlp["norm"](state), mlp["fc1"].weight, mlp["fc1"].bias))
+        thought = F.gelu(linear(thought, mlp["fc2"].weight, mlp["fc2"].bias))
+        # fp32: in bf16 a tenth of the tokens would see ties between experts.
+        probabilities = linear(thought, mlp["out_proj"].weight).float().softmax(dim=-1)  # (N, E + 1)
+        # The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not
+        # renormalised, and through that one number alone the gradient reaches the router.
+        choice = (probabilities.detach() + self.balancing_biases).argmax(dim=-1)
+        counts = (choice[:, None] == torch.arange(len(self.counts), device=x.device)).sum(dim=0)
+        self.counts += counts
+        return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts, state
+
+
+class Permute(torch.autograd.Function):
+    """x[order], whose gradient is one more gather (autograd's own would add rows one by one)."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def grouped_linear(x, weight, offsets):
+    """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
+
+    offsets (E) int32: where each expert's rows end. Shapes are static whatever the routing, the offsets stay on
+    the device: nothing waits for the GPU. Widths of less than 16 bytes' alignment, and MPS, take a loop instead.
+    """
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if aligned and x.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    rows = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(rows), weight.unbind())])
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [gate | up] (N, 2F) -> (N, F), with the gradient written in place."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        return grad_gate_up
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks, their weights stacked."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+
+    def forward(self, x, offsets):
+        """x (N, D), sorted by expert -> (N, D)."""
+        hidden = SwiGLU.apply(grouped_linear(x, self.gate_up_proj, offsets))
+        return grouped_linear(hidden, self.down_proj, offsets)
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-1 routing without a capacity limit: no token is dropped, and every shape is static."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate = Router(config, layer)
+        self.experts = Experts(config)
+
+    def forward(self, x, router_state):
+        """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
+        B, T, D = x.shape
+        x = x.view(B * T, D)
+        # Route.
+        probability, choice, counts, router_state = self.gate(x, router_state)
+        # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
+        probability = probability.masked_fill(choice == self.num_experts, 0.0)
+        # Permute: bring the tokens of each expert together, the skipped ones behind the last expert's.
+        order = choice.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(B * T, device=x.device))
+        ends = counts.cumsum(0).to(torch.int32)
+        offsets = torch.cat([ends[:-2], ends[-1:]])  # (E)
+        sorted_x = Permute.apply(x.to(self.experts.down_proj.dtype), order, inverse)
+        # Experts, then combine: every output back to its token's place, times its probability.
+        y = Permute.apply(self.experts(sorted_x, offsets), inverse, order)
+        y = y * probability[:, None].to(y.dtype)
+        return y.view(B, T, D), router_state
+
+
+class DenseMLP(nn.Module):
+    """Not ZAYA1: one SwiGLU of width F for every token and no router, to compare the experts with."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.moe_intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.moe_intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x, router_state):
+        gate, up = linear(x, self.gate_up_proj.weight).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down_proj.weight), router_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Idea 3: residual scaling, and the block that all three make
+
+
+class ResidualScaling(nn.Module):
+    """stream <- (stream + b_r) * s_r + (out + b_o) * s_o, in fp32, with four learned D-vectors."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.hidden_states_scale = nn.Parameter(torch.ones(size))
+        self.hidden_states_bias = nn.Parameter(torch.zeros(size))
+        self.residual_scale = nn.Parameter(torch.ones(size))
+        self.residual_bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, stream, out):
+        """stream (B, T, D) fp32, out (B, T, D) -> (B, T, D) fp32."""
+        bias = self.residual_bias * self.residual_scale + self.hidden_states_bias * self.hidden_states_scale
+        return (stream * self.residual_scale).add_(out * self.hidden_states_scale).add_(bias)
+
+
+class Block(nn.Module):
+    """One layer: attention, merge, experts, merge."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = Attention(config, config.layer_types[layer])
+        self.post_attention_residual_scale = ResidualScaling(D)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.mlp = MixtureOfExperts(config, layer) if config.mlp == "moe" else DenseMLP(config)
+        self.post_mlp_residual_scale = ResidualScaling(D)
+
+    def forward(self, stream, router_state, rotary, cache):
+        """stream (B, T, D) fp32, router_state (N, R) or None -> both, after this layer."""
+        out = self.self_attn(self.input_layernorm(stream), rotary, cache)
+        stream = self.post_attention_residual_scale(stream, out)
+        out, router_state = self.mlp(self.post_attention_layernorm(stream), router_state)
+        return self.post_mlp_residual_scale(stream, out), router_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
+
+    A chunk of tokens at a time: logits, loss and, already in the forward pass, their gradient, which overwrites
+    them. What is kept for the backward pass are the two gradients alone. Logits and loss are fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, with_gradient):
+        N, V = len(hidden), len(weight)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        rows = max(1, LOGITS_AT_ONCE // V)
+        for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
+            logits = matmul_fp32(x, weight.t())
+            picked = logits.gather(1, y[:, None])
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            loss += (log_total - picked).sum() / N
+            if with_gradient:  # d loss / d logits = (softmax - one_hot) / N
+                grad = logits.sub_(log_total).exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).div_(N)
+                grad = grad.to(weight.dtype)
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                grad_weight += matmul_fp32(grad.t(), x)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, (grad_weight.mul_(grad)).to(ctx.weight_dtype), None, None
+
+
+LOGITS_AT_ONCE = 2**21  # numbers in a chunk: 8 MB of fp32
+
+
+def matmul_fp32(a, b):
+    """a @ b accumulated in fp32 and returned in fp32, from operands that may be bf16."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Zaya(nn.Module):
+    """The language model. The names of its weights are the official checkpoint's, less the leading "model."."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, L = config.hidden_size, config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.input_hidden_states_scale = nn.Parameter(torch.ones(D))
+        self.input_hidden_states_bias = nn.Parameter(torch.zeros(D))
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(L)])
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.apply(self.init_weights)
+
+    def init_weights(self, module):
+        """Matrices N(0, initializer_range), biases 0; norms, scales and temperatures start at 1, convolutions as PyTorch's."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
+
+    def cast(self, dtype):
+        """Put everything that takes part in a matrix product in dtype; norms, scales, temperatures, biases of the
+        balancing stay fp32 [R]. Returns self."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, Experts)):
+                module.to(dtype)
+        return self
+
+    @property
+    def head(self):
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden_states(self, tokens, cache=None):
+        """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
+        config, start = self.config, cache.length if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        rotary = {
+            "hybrid": rotary_table(positions, config.rotary_dim, config.rope_theta),
+            "hybrid_sliding": rotary_table(positions, config.rotary_dim, config.sliding_rope_theta),
+        }
+        stream = self.embed_tokens(tokens).float()
+        stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
+        router_state = None
+        for i, layer in enumerate(self.layers):
+            layer_cache = cache.layers[i] if cache else None
+            stream, router_state = layer(stream, router_state, rotary[config.layer_types[i]], layer_cache)
+        if cache:
+            cache.length += tokens.shape[1]
+        return self.norm(stream).to(self.head.dtype)
+
+    def logits(self, hidden):
+        """hidden (..., D) -> (..., V) in fp32."""
+        return matmul_fp32(hidden.flatten(0, -2), self.head.t()).unflatten(0, hidden.shape[:-1])
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
+
+        With cache = model.new_cache(...) the tokens continue those that it holds. Raises ValueError if they do not fit.
+        """
+        hidden = self.hidden_states(tokens, cache)
+        if targets is None:
+            return self.logits(hidden), None
+        return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head, targets.flatten(), torch.is_grad_enabled())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def new_cache(self, batch_size, max_len):
+        """Static buffers for batch_size texts of up to max_len tokens."""
+        return Cache(self, batch_size, max_len)
+
+    @torch.no_grad()
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
+        """Yield the next token (B) of every text, max_new_tokens times or until all have ended. See generate."""
+        context = self.config.max_position_embeddings
+        cache = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens))
+        hidden = self.hidden_states(tokens[:, -context:], cache)[:, -1]
+        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            token = sample(self.logits(hidden), temperature, top_k, top_p)
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended |= token == eos_token_id
+            yield token
+            if eos_token_id is not None and ended.all():
+                return
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+            if cache.length < cache.max_len:
+                hidden = self.hidden_states(token[:, None], cache)[:, -1]
+            else:  # the context is full: read its second half again, as the beginning of a new one
+                cache = self.new_cache(len(tokens), context)
+                hidden = self.hidden_states(tokens[:, -max(1, context // 2) :], cache)[:, -1]
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
+        """Continue tokens (B, T), T >= 1, by up to max_new_tokens -> (B, T + n).
+
+        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the fewest that hold that much probability.
+        A text that has met eos_token_id is filled with it; when all have, generation ends. Of a prompt longer than
+        max_position_embeddings only the end is read. Uses PyTorch's global random state.
+        """
+        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
+        return torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def save_pretrained(self, path, state=None):
+        """Write config.json and model.safetensors to a directory, which `transformers` opens if the model is a ZAYA1.
+
+        state: other tensors than this model's own state_dict(), fp32 masters say, under the same names.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config_to_json(self.config), indent=2) + "\n")
+        save_safetensors(path / "model.safetensors", official_names(state or self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None):
+        """Read a checkpoint, or a run directory's newest one, straight to a device; dtype None keeps the stored one.
+
+        Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or of another shape.
+        """
+        path = find_checkpoint(path)
+        config = config_from_json(read_json(path / "config.json"))
+        tensors = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            tensors |= load_safetensors(file)
+        if not tensors:
+            raise FileNotFoundError(f"{path} has no model.safetensors")
+        with torch.device("meta"):
+            model = cls(config)
+        embedding = tensors.get("model.embed_tokens.weight")
+        model.cast(dtype or (torch.float32 if embedding is None else embedding.dtype)).to_empty(device=device)
+        for router in model.routers:
+            router.counts.zero_()
+        model.load_official(tensors, path)
+        return model
+
+    @torch.no_grad()
+    def load_official(self, tensors, source):
+        """Copy tensors, under their official names, into this model. Raises ValueError unless they are its own, all finite."""
+        own = official_names(self.state_dict())
+        if missing := sorted(own.keys() - tensors.keys()):
+            raise ValueError(f"{source} lacks {len(missing)} tensors of this model, {missing[0]} first")
+        if surplus := sorted(tensors.keys() - own.keys()):
+            raise ValueError(f"{source} holds {len(surplus)} tensors that this model has not, {surplus[0]} first")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{source}: {name} is {list(tensor.shape)}, this model's is {list(own[name].shape)}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{source}: {name} holds numbers that are not finite")
+            own[name].copy_(tensor)
+
+    @property
+    def routers(self):
+        return [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+
+    def parameter_counts(self):
+        """(all parameters, those active for a token without the embedding), as [R] counts: buffers of the router included."""
+        total = sum(tensor.numel() for tensor in self.state_dict().values())
+        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return total, total - self.embed_tokens.weight.numel() - experts + experts // max(1, self.config.num_experts)
+
+
+class LayerCache:
+    """What one layer remembers of the past: all keys and values, and CCA's last columns and last delayed value."""
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        def zeros(*shape):
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        Hk, h = config.num_key_value_heads, config.head_dim
+        self.k, self.v, self.length = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0
+        self.columns = zeros(config.past_columns, (config.num_attention_heads + Hk) * h)  # of [q0 | k0]
+        self.v_late = zeros(1, Hk * h // 2)
+
+    def shift(self, qk, v_late):
+        """Take in the columns (B, T, C) and delayed values (B, T, Hk * h / 2) of new tokens; return those before them."""
+        before = self.columns, self.v_late
+        self.columns, self.v_late = torch.cat([self.columns, qk], dim=1)[:, qk.shape[1] :], v_late[:, -1:]
+        return before
+
+    def append(self, k, v):
+        """Take in the keys and values (B, T, Hk, h) of new tokens; return all S, theirs included."""
+        start, self.length = self.length, self.length + k.shape[1]
+        if self.length > self.k.shape[1]:
+            raise ValueError(f"{self.length} tokens do not fit a cache of {self.k.shape[1]}")
+        self.k[:, start : self.length], self.v[:, start : self.length] = k, v
+        return self.k[:, : self.length], self.v[:, : self.length]
+
+
+class Cache:
+    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few columns."""
+
+    def __init__(self, model, batch_size, max_len):
+        self.max_len, self.length = max_len, 0
+        device, dtype = model.embed_tokens.weight.device, model.layers[0].self_attn.o_proj.weight.dtype
+        self.layers = [LayerCache(model.config, batch_size, max_len, device, dtype) for _ in model.layers]
+
+
+def sample(logits, temperature, top_k, top_p):
+    """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None:
+        probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: config.json and safetensors, the formats of the official checkpoints
+
+
+def official_names(state):
+    """A state dict of Zaya under the names that the official checkpoints use."""
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
+
+
+def config_to_json(config):
+    """The official config.json. What is not a ZAYA1 says so, lest `transformers` misread it."""
+    values = asdict(config)
+    full, sliding, factor = (values.pop(name) for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"))
+    if is_zaya1 := (config.attention, config.mlp) == ("cca", "moe"):
+        del values["attention"], values["mlp"]
+    return {
+        "architectures": ["ZayaForCausalLM"] if is_zaya1 else ["Zaya"],
+        "model_type": "zaya" if is_zaya1 else "nanozaya",
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "num_experts_per_tok": 1,
+        **values,
+        "rope_parameters": {
+            name: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": factor}
+            for name, theta in (("hybrid", full), ("hybrid_sliding", sliding))
+        },
+    }
+
+
+def config_from_json(values):
+    """A ZayaConfig from config.json. Raises ValueError for another kind of model, or one that this file cannot compute."""
+    if values.get("model_type") not in ("zaya", "nanozaya"):
+        raise ValueError(f'config.json is of a model of type "{values.get("model_type")}", not "zaya"')
+    fixed = {"hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False}
+    for name, value in fixed.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
+    known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
+    for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
+        rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
+        known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
+        known |= {"partial_rotary_factor": rope["partial_rotary_factor"]} if "partial_rotary_factor" in rope else {}
+    return ZayaConfig(**known)
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def find_checkpoint(path):
+    """The checkpoint at path: path itself, or the newest of a run directory's. Raises FileNotFoundError."""
+    path = Path(path).expanduser()
+    if (path / "config.json").exists():
+        return path
+    checkpoints = sorted(path.glob("step-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+    if not checkpoints:
+        raise FileNotFoundError(f"{path} holds no checkpoint" if path.exists() else f"{path} does not exist")
+    return checkpoints[-1]
+
+
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def save_safetensors(path, tensors):
+    """Write {name: tensor}: 8 bytes of header length, a JSON header {name: dtype, shape, offsets}, then the numbers."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors.values():
+            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_safetensors(path):
+    """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory.
+
+    Raises ValueError if the file is not whole.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+            raise ValueError(f"{path} is damaged: its header is no safetensors header") from None
+        if size != end:
+            raise ValueError(f"{path} is damaged: it has {size} bytes, its header speaks of {end}")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + length + start) if stop > start else torch.empty(0, dtype=torch.uint8)
+        tensors[name] = raw.view(dtype).view(entry["shape"])
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_flags(description, *classes):
+    """Read sys.argv: a --flag for every field of the dataclasses, with the comment on its line as its help.
+
+    Returns {name: value} of the flags given. An unknown flag or a malformed value ends in one line and exit status 2.
+    """
+
+    def reader(kind):
+        kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
+
+        def read(text):
+            if NoneType in kinds and text.lower() == "none":
+                return None
+            if bool in kinds:
+                return {"0": False, "false": False, "1": True, "true": True}[text.lower()] if text.lower() in ("0", "false", "1", "true") else fail(text)
+            if int in kinds:
+                return int(float(text)) if float(text).is_integer() else fail(text)
+            if float in kinds:
+                return float(text)
+            return text if str in kinds else text.split(",")
+
+        def fail(text):
+            raise ValueError(text)
+
+        read.__name__ = getattr(kinds[0], "__name__", "list")
+        return read
+
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for cls in classes:
+        group, source = parser.add_argument_group(cls.__name__), inspect.getsource(cls)
+        for field in fields(cls):
+            comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)[1].replace("%", "%%")
+            flag = {"nargs": "?", "const": True} if bool in (field.type, *get_args(field.type)) else {}
+            group.add_argument(
+                f"--{field.name}", type=reader(field.type), default=argparse.SUPPRESS, metavar=field.name.rsplit("_")[-1].upper(),
+                help=f"{comment} (default: {field.default})", **flag,
+            )  # fmt: skip
+    return vars(parser.parse_args())
+
+
+@contextmanager
+def stop_in_one_line():
+    """Turn what a user can get wrong into one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
