@@ -624,8 +624,8 @@ def main():
 
     if config.eval_only:
         val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
-        report = f"validation loss {val_loss:.4f} nats a token, {val_loss / math.log(2) / meta['bytes_per_token']:.4f} bits a byte"
-        ranks.first and print(report + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
+        line = f"validation loss {val_loss:.4f} nats a token, {val_loss / math.log(2) / meta['bytes_per_token']:.4f} bits a byte"
+        ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
         return
 
     # The run directory
