@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer
 from zaya import (
-    PRESETS, Zaya, ZayaConfig, find_checkpoint, load_safetensors, parse_flags, read_json, save_safetensors, stop_in_one_line,
+    PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
+    save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -103,11 +104,7 @@ class Ranks:
 
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not usable.get(device):
-            raise ValueError(f"--device {device} is not to be had on this machine")
+        device = choose_device(device)
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)

@@ -196,7 +196,8 @@ def join(pieces):
 
 def times(a, b):
     """a @ b.T"""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.numel():
+    onednn = a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and a.numel() and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return F.linear(a, b)
 
@@ -595,15 +596,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         rows = max(1, LOGITS_AT_ONCE // V)
         for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            logits = matmul_fp32(x, weight.t())
-            picked = logits.gather(1, y[:, None])
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_total - picked).sum() / N
+            log_p = matmul_fp32(x, weight.t()).log_softmax(dim=1)
+            picked = log_p.gather(1, y[:, None])
+            loss -= picked.sum() / N
             if with_gradient:  # d loss / d logits = (softmax - one_hot) / N
-                grad = logits.sub_(log_total).exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).div_(N)
-                grad = grad.to(weight.dtype)
+                grad = log_p.exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).div_(N).to(weight.dtype)
                 grad_hidden[start : start + rows] = times(grad, weight.t())
-                grad_weight += matmul_fp32(grad.t(), x)
+                grad_weight += times(grad.t(), x.t())
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -794,10 +793,10 @@ class Zaya(nn.Module):
 
 
     def parameter_counts(self):
-        """(all parameters, those active for a token without the embedding), as [R] counts: buffers of the router included."""
-        total = sum(tensor.numel() for tensor in self.state_dict().values())
+        """(all parameters, those active for a token without the embedding), as [R] counts."""
+        total = sum(p.numel() for p in self.parameters())
         experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        return total, total - self.embed_tokens.weight.numel() - experts + experts // max(1, self.config.num_experts)
+        return total, total - self.embed_tokens.weight.numel() - experts + experts // self.config.num_experts
 
 
 class LayerCache:
@@ -1020,3 +1019,61 @@ def stop_in_one_line():
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def choose_device(name):
+    """The device type for --device: auto is a GPU (AMD's is called cuda, too), else MPS, else the CPU."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in usable if usable[device])
+    if not usable.get(name):
+        raise ValueError(f"--device {name} is not to be had on this machine")
+    return name
+
+
+@dataclass
+class TableConfig:
+    preset: str | None = None  # only this preset; none: all of them
+    checkpoint: str | None = None  # this checkpoint instead
+    context: int = 4096  # tokens of context at which attention is counted
+    gpu_hour: float = 2.0  # price of a GPU for an hour, in dollars
+    peak_tflops: float = 1307.0  # what the GPU can do at best; an MI300X in dense bf16 by its datasheet
+    mfu: float = 0.35  # the share of it that one hopes to use
+
+
+def cost_table():
+    """Print what a token costs in each preset, beside its dense and its conventional twin."""
+    flags = TableConfig(**parse_flags(cost_table.__doc__, TableConfig))
+    if flags.preset is not None and flags.preset not in PRESETS:
+        raise ValueError(f"--preset {flags.preset} is none of {', '.join(PRESETS)}")
+    if min(flags.context, flags.gpu_hour, flags.peak_tflops, flags.mfu) <= 0:
+        raise ValueError("--context, --gpu_hour, --peak_tflops and --mfu must be positive")
+    configs = {name: config for name, config in PRESETS.items() if flags.preset in (None, name)}
+    if flags.checkpoint is not None:
+        path = find_checkpoint(flags.checkpoint)
+        configs = {path.name: config_from_json(read_json(path / "config.json"))}
+    print(f"{'':26}{'parameters':>15}{'active':>14}{'GFLOP':>9}{'KV bytes':>10}{'$ / 1M tokens':>15}")
+    print(f"{'':26}{'':>15}{'a token':>14}{'a token':>9}{'a token':>10}{'to train on':>15}")
+    for name, config in configs.items():
+        twins = {name: config, "  dense twin": replace(config, mlp="dense")}
+        twins["  conventional twin"] = replace(config, mlp="dense", attention="mha")
+        for label, twin in twins.items():
+            with torch.device("meta"):
+                total, active = Zaya(twin).parameter_counts()
+            # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
+            products = 2 * (active + twin.vocab_size * twin.hidden_size)
+            flops = products + 4 * twin.num_hidden_layers * twin.num_attention_heads * twin.head_dim * flags.context
+            kv_bytes = 2 * 2 * twin.num_hidden_layers * twin.num_key_value_heads * twin.head_dim
+            dollars = 3 * flops * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
+            print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
+    print(
+        f"active: without the embedding. GFLOP: forward, LM head included, {flags.context:,} tokens of context. KV bytes: bf16.\n"
+        f"$: three forwards' worth at {flags.mfu:.0%} of {flags.peak_tflops:,.0f} TFLOP/s and ${flags.gpu_hour} an hour."
+    )
+
+
+if __name__ == "__main__":
+    with stop_in_one_line():
+        cost_table()
