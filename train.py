@@ -48,13 +48,13 @@ class TrainConfig:
     batch_size: int = 32  # sequences a step, over all ranks and micro-batches
     micro_batch_size: int | None = None  # sequences a rank and forward pass; None: the rank's whole share
     block_size: int | None = None  # tokens a sequence; None: the preset's context
-    lr: float = 0.01  # peak learning rate, for Muon and AdamW alike
+    lr: float = 0.02  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
     warmup: int = 20  # steps from 0 to lr
     weight_decay: float = 0.05  # of the matrices, a step and unit of lr
     momentum: float = 0.95  # Muon's
     grad_clip: float = 1.0  # largest norm of the whole gradient
-    balance_lr: float = 0.001  # AdamW's learning rate for the balancing biases
+    balance_lr: float = 0.01  # peak learning rate of the balancing biases
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
@@ -340,14 +340,16 @@ class Optimizer:
         # [R] eq. 5: what would be the gradient of a bias is its expert's share of the tokens less 1 / E. AdamW turns
         # that into a PID-like loop. The skip entry, the last, is left alone.
         self.biases = [router.balancing_biases[:-1] for router in model.routers]
-        self.balance = AdamW(self.biases, betas=(0.9, 0.999), prefix="balance") if self.biases else None
+        # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long after the first
+        # collapse; these, at a rate that falls with lr, gave the better balance and the better loss (see README).
+        self.balance = AdamW(self.biases, betas=(0.5, 0.9), prefix="balance") if self.biases else None
 
     def step(self, lr, load):
         """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
         self.muon.step(lr)
         self.adamw.step(lr)
         if self.balance:
-            self.balance.step(self.config.balance_lr, list(load - 1 / load.shape[1]))
+            self.balance.step(self.config.balance_lr * lr / self.config.lr, list(load - 1 / load.shape[1]))
 
     def masters(self):
         """The model's state dict with fp32 masters in the place of bf16 weights."""

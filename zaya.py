@@ -644,7 +644,11 @@ class Zaya(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """Matrices N(0, initializer_range), biases 0; norms, scales and temperatures start at 1, convolutions as PyTorch's."""
+        """Matrices N(0, initializer_range), the router's N(0, 1 / fan-in), biases 0; norms, scales, temperatures 1.
+
+        Tiny Shakespeare, 8 experts, 120 steps: with the router's at initializer_range, too, its probabilities are all
+        alike, the balancing bias alone decides, and the loss is 2.00; so it is 1.80 (at equal balancing).
+        """
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
@@ -653,6 +657,9 @@ class Zaya(nn.Module):
         elif isinstance(module, Experts):
             nn.init.normal_(module.gate_up_proj, std=std)
             nn.init.normal_(module.down_proj, std=std)
+        elif isinstance(module, Router):  # comes after its own parts
+            for linear in (module.down_proj, *list(module.router_mlp.values())[1:]):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def cast(self, dtype):
         """Put everything that takes part in a matrix product in dtype; norms, scales, temperatures, biases of the
@@ -1016,6 +1023,8 @@ def stop_in_one_line():
     """Turn what a user can get wrong into one line on stderr and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

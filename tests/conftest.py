@@ -1,0 +1,111 @@
+"""What the tests of train.py and sample.py share: a tiny dataset, a tiny model, and two ways to run a command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data.text.prepare
+from zaya import load_safetensors, stop_in_one_line
+
+# One thread: sums in one order, and the machine's other cores left alone.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
+
+SHAPE = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    moe_intermediate_size=16, num_experts=4, router_hidden_size=8, block_size=16,
+)  # fmt: skip
+RUN = dict(batch_size=4, steps=6, warmup=2, eval_every=3, eval_batches=2, save_every=2, lr=0.01, device="cpu", dtype="float32")
+
+
+def flags(**values):
+    """--name value ... of a dictionary; True is the bare flag."""
+    return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def command(script, *args, input=None, ranks=None, **options):
+    """Run a script of the repository as a user would, on one core -> CompletedProcess with text output."""
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*start, ROOT / script, *map(str, args)],
+        input=input, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options,
+    )  # fmt: skip
+
+
+def log_of(out):
+    """The objects of a run's log. Strict: the words NaN and Infinity are no JSON."""
+    def refuse(word):
+        raise ValueError(f"{word} in {out}/log.jsonl")
+
+    return [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def what_was_learned(out):
+    """{step: loss} of a run's log, and all tensors of its newest checkpoint, weights and optimizer."""
+    newest = max(out.glob("step-*"))
+    tensors = load_safetensors(newest / "model.safetensors") | load_safetensors(newest / "trainer.safetensors")
+    return {entry["step"]: entry["loss"] for entry in log_of(out)}, tensors
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A dataset of bytes: 257 ids, about 8,000 tokens to train on and 2,000 to validate on."""
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i} – and so on;\n" for i in range(300)), encoding="utf-8")
+    data.text.prepare.main([str(text), "--tokenizer", "bytes", "--val_fraction", "0.2", "--out", str(folder / "tiny")])
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_data):
+    """The flags of a run of six steps that takes a tenth of a second."""
+    return {"data": tiny_data} | SHAPE | RUN
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A run that nothing disturbed: six steps, a checkpoint every two, all of them kept; and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    done = command("train.py", *flags(**tiny, keep=9, out=out))
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=out, stdout=done.stdout, stderr=done.stderr)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(module, *args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
+        status = 0
+        try:
+            with stop_in_one_line():
+                module.main()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, stdout=captured.out, stderr=captured.err, lines=captured.err.splitlines())
+
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

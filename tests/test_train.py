@@ -1,0 +1,601 @@
+"""train.py: the optimizer against plain references, the order of the data, a run's files, stopping and going on."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, SHAPE, command, flags, log_of, what_was_learned
+
+import train
+from data.tokenizer import load_tokenizer
+from train import Muon, Optimizer, Tokens, TrainConfig, learning_rate, load_entropy, newton_schulz
+from zaya import Zaya, ZayaConfig, load_safetensors
+
+CPU = torch.device("cpu")
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = {name: value for name, value in SHAPE.items() if name != "block_size"}
+    return Zaya(ZayaConfig(vocab_size=64, bos_token_id=None, eos_token_id=None, **shape | changes))
+
+
+def loss_of(model, seed=0):
+    tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(seed))
+    return model(tokens[:, :-1], tokens[:, 1:])[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 96, 32), (3, 32, 96), (5, 8, 40)], ids=str)
+def test_newton_schulz_keeps_the_singular_vectors_and_evens_out_the_values(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    g = u @ torch.diag_embed(s.clamp_min(0.05 * s.max())) @ vt  # five steps cannot lift what is nearly nothing
+    inside = u.mT @ newton_schulz(g) @ vt.mT  # the result in the basis of g's singular vectors: diagonal
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-4
+
+
+def test_newton_schulz_of_no_gradient_is_no_update():
+    assert newton_schulz(torch.zeros(2, 8, 16)).eq(0).all()  # an expert that met no token
+
+
+def plain_muon(weight, grad, momentum_buffer, lr, momentum, weight_decay):
+    """One matrix, one step, as a textbook has it -> weight, buffer."""
+    buffer = momentum * momentum_buffer + (1 - momentum) * grad
+    x = momentum * buffer + (1 - momentum) * grad  # Nesterov: looks one step ahead
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    scale = 0.2 * math.sqrt(max(weight.shape))  # root mean square 0.2, an AdamW update's
+    return (1 - lr * weight_decay) * weight - lr * scale * x, buffer
+
+
+def test_muon_is_the_textbook_one_matrix_by_matrix():
+    torch.manual_seed(0)
+    E, F, D = 3, 12, 20
+    parameters = {
+        "o_proj.weight": torch.randn(D, 8),
+        "q_proj.weight": torch.randn(8, D),
+        "experts.gate_up_proj": torch.randn(E, 2 * F, D),
+        "experts.down_proj": torch.randn(E, D, F),
+    }
+
+    def pieces(tensors):
+        """Every matrix on its own: an expert's gate, up and down are three."""
+        gate, up = tensors["experts.gate_up_proj"].split(F, dim=1)
+        return [tensors["o_proj.weight"], tensors["q_proj.weight"], *gate, *up, *tensors["experts.down_proj"]]
+
+    expected = [weight.clone() for weight in pieces(parameters)]
+    buffers = [torch.zeros_like(weight) for weight in expected]
+    muon = Muon(parameters, torch.float32, momentum=0.9, weight_decay=0.1)
+    muon.BATCH = 300  # the matrices of a shape fall into more than one batch, too
+    for step in range(3):
+        for p in parameters.values():
+            p.grad = torch.randn_like(p)
+        grads = pieces({name: p.grad for name, p in parameters.items()})
+        for i, grad in enumerate(grads):
+            expected[i], buffers[i] = plain_muon(expected[i], grad, buffers[i], 0.02, 0.9, 0.1)
+        muon.step(0.02)
+        for own, plain in zip(pieces(parameters), expected):
+            torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_torchs_without_decay():
+    torch.manual_seed(0)
+    own = [torch.randn(5), torch.randn(3, 4), torch.randn(())]
+    plain = [p.clone().requires_grad_() for p in own]
+    adamw = train.AdamW(own)
+    reference = torch.optim.AdamW(plain, lr=1.0, betas=adamw.betas, eps=adamw.eps, weight_decay=0)
+    for step in range(5):
+        lr = 0.1 / (step + 1)
+        for p, q in zip(own, plain):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        adamw.step(lr)
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        for p, q in zip(own, plain):
+            torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_balancing_is_adamw_on_the_share_less_an_even_one():
+    model = tiny_model()
+    optimizer = Optimizer(model, TrainConfig(balance_lr=0.01), torch.float32)
+    plain = torch.zeros(2, 4, requires_grad=True)
+    reference = torch.optim.AdamW([plain], lr=0.01, betas=(0.9, 0.999), eps=optimizer.balance.eps, weight_decay=0)
+    for seed in range(4):
+        loss_of(model, seed).backward()
+        counts = torch.stack([router.counts for router in model.routers]).float()
+        load = counts[:, :-1] / counts.sum(dim=1, keepdim=True)
+        for router in model.routers:
+            router.counts.zero_()
+        optimizer.step(1e-3, load)
+        plain.grad = load - 1 / 4
+        reference.step()
+        biases = torch.stack([router.balancing_biases for router in model.routers])
+        torch.testing.assert_close(biases[:, :-1], plain.detach(), rtol=1e-5, atol=1e-6)
+        assert biases[:, -1].eq(-1).all()  # the skip entry
+
+
+def test_balancing_evens_out_a_forced_imbalance():
+    model = tiny_model()
+    with torch.no_grad():
+        for router in model.routers:
+            router.balancing_biases[0] = 0.5  # everything goes to expert 0
+    optimizer = Optimizer(model, TrainConfig(balance_lr=0.02), torch.float32)
+
+    def load():
+        with torch.no_grad():
+            loss_of(model)
+        counts = torch.stack([router.counts for router in model.routers]).float()
+        for router in model.routers:
+            router.counts.zero_()
+        return counts[:, :-1] / counts.sum(dim=1, keepdim=True)
+
+    assert load()[:, 0].eq(1).all() and load_entropy(load()) == 0
+    entropies = []
+    for step in range(150):
+        share = load()
+        entropies.append(load_entropy(share))
+        optimizer.balance.step(0.02 * (1 - step / 150), list(share - 1 / 4))
+    assert np.mean(entropies[-20:]) > 0.85
+
+
+def test_what_muon_and_what_adamw_moves():
+    model = tiny_model(tie_word_embeddings=False)
+    optimizer = Optimizer(model, TrainConfig(), torch.float32)
+    muon, rest = set(optimizer.muon.parameters), set(optimizer.rest)
+    assert muon | rest == {name for name, _ in model.named_parameters()} and not muon & rest
+    assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} <= rest
+    assert all("conv" not in name and model.get_parameter(name).ndim >= 2 for name in muon)
+    assert {"layers.0.self_attn.o_proj.weight", "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.gate.down_proj.weight"} <= muon
+
+
+def test_bf16_has_fp32_masters_and_they_are_what_is_saved(tmp_path):
+    model = tiny_model()
+    optimizer = Optimizer(model, TrainConfig(weight_decay=0.0), torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in optimizer.masters().items()}
+    lr = 1e-6  # far below bf16's resolution: weights of bf16 alone would not move
+    for seed in range(2):
+        loss_of(model, seed).backward()
+        optimizer.step(lr, torch.full((2, 4), 0.25))
+    masters = optimizer.masters()
+    for name, tensor in model.state_dict().items():
+        fp32 = re.search(r"norm|scale|temp|input_hidden|balancing|residual", name)
+        assert tensor.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+        assert masters[name].dtype == torch.float32
+        assert torch.equal(tensor, masters[name].to(tensor.dtype)), name
+    for name in ("embed_tokens.weight", "layers.0.mlp.experts.down_proj"):
+        moved = (masters[name] - before[name]).abs().max()
+        assert 0 < moved < 1e-4
+    model.save_pretrained(tmp_path, masters)
+    saved = load_safetensors(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[f"model.{name}"], master) for name, master in masters.items())
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    config = TrainConfig(steps=110, warmup=10, lr=0.5, final_lr=0.1)
+    rates = [learning_rate(step, config) for step in range(110)]
+    assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5
+    assert rates[60] == pytest.approx(0.5 * 0.55)  # half way down
+    assert 0.05 < rates[-1] < 0.0505
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, TrainConfig(steps=5, warmup=0, lr=0.5)) == 0.5
+
+
+def test_load_entropy_is_0_for_one_expert_and_1_for_all():
+    assert load_entropy(torch.tensor([[64.0, 0, 0, 0]])) == 0
+    assert load_entropy(torch.full((3, 16), 7.0)) == pytest.approx(1)
+    assert load_entropy(torch.tensor([[8.0, 8, 0, 0]])) == pytest.approx(0.5)
+    assert load_entropy(torch.tensor([[1.0, 1], [2, 0]])) == pytest.approx(0.5)  # the mean over layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of the data
+
+
+def tokens_of(folder, seed=1, block_size=16, split="train"):
+    return Tokens(folder, split, block_size, seed, json.loads((folder / "meta.json").read_text()))
+
+
+def test_targets_are_the_inputs_one_token_later(tiny_data):
+    tokens = tokens_of(tiny_data)
+    inputs, targets = tokens.training_batch(3, 4, 0, 4, CPU)
+    assert inputs.shape == targets.shape == (4, 16) and inputs.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = np.fromfile(tiny_data / "train.bin", np.uint16).tobytes()
+    for row, last in zip(inputs, targets[:, -1:]):
+        assert torch.cat([row, last]).numpy().astype(np.uint16).tobytes() in text
+
+
+def test_a_step_is_the_same_however_it_is_cut(tiny_data):
+    tokens = tokens_of(tiny_data)
+    for step in (0, 1, 7, 200):  # the last in a later epoch
+        whole, _ = tokens.training_batch(step, 12, 0, 12, CPU)
+        for pieces in (2, 3, 12):
+            size = 12 // pieces
+            cut = [tokens_of(tiny_data).training_batch(step, 12, i, i + size, CPU)[0] for i in range(0, 12, size)]
+            assert torch.equal(torch.cat(cut), whole)
+
+
+def test_steps_and_seeds_differ(tiny_data):
+    first, second = (tokens_of(tiny_data).training_batch(step, 4, 0, 4, CPU)[0] for step in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, tokens_of(tiny_data, seed=2).training_batch(0, 4, 0, 4, CPU)[0])
+
+
+def test_an_epoch_has_every_block_once_and_the_next_cuts_elsewhere(tiny_data):
+    tokens = tokens_of(tiny_data)
+    first, second = tokens.epoch(0), tokens.epoch(1)
+    for starts in (first, second):
+        assert len(set(starts)) == len(starts) >= tokens.blocks - 1
+        assert (np.diff(np.sort(starts)) == 16).all()
+        assert starts.min() >= 0 and starts.max() + 17 <= len(tokens.ids)
+    assert list(first) != sorted(first)
+    assert first.min() % 16 != second.min() % 16
+
+
+def test_a_text_of_one_block_is_enough(tmp_path):
+    np.arange(17, dtype="<u2").tofile(tmp_path / "train.bin")
+    tokens = Tokens(tmp_path, "train", 16, 1, {"dtype": "uint16", "vocab_size": 17})
+    assert torch.equal(tokens.training_batch(0, 2, 0, 2, CPU)[0], torch.arange(16).expand(2, -1))
+    assert tokens.validation_starts(0) == tokens.validation_starts(5) == [0]
+
+
+def test_validation_is_spread_over_the_text_or_all_of_it(tiny_data):
+    tokens = tokens_of(tiny_data, split="val")
+    assert tokens.validation_starts(0) == [16 * i for i in range(tokens.blocks)]
+    few = tokens.validation_starts(4)
+    assert len(few) == 4 and few[0] == 0 and few[-1] > 16 * tokens.blocks / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run, from its flags to its files
+
+
+def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
+    log = log_of(finished.out)
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    for entry in log:
+        assert {"loss", "lr", "grad_norm", "skipped", "tokens_per_s", "step_ms", "load_entropy"} <= entry.keys()
+        assert ("val_loss" in entry) == ("val_bpb" in entry) == (entry["step"] in (3, 6))
+        assert entry["skipped"] == 0 and 0 <= entry["load_entropy"] <= 1
+    assert log[0]["lr"] == 0.005 and log[1]["lr"] == 0.01
+    assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # at first every byte is as likely
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    meta = json.loads((finished.out.parent / "out/args.json").read_text())
+    assert meta["steps"] == 6 and meta["lr"] == 0.01 and meta["hidden_size"] == 32
+    for picture in ("loss.png", "experts.png"):
+        assert (finished.out / picture).read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in finished.out.iterdir()) == [
+        "args.json", "best", "experts.png", "log.jsonl", "loss.png", "step-0000002", "step-0000003", "step-0000004", "step-0000006",
+    ]  # fmt: skip
+
+
+def test_bits_per_byte_is_the_loss_in_another_unit(finished, tiny_data):
+    bytes_per_token = json.loads((tiny_data / "meta.json").read_text())["bytes_per_token"]
+    for entry in log_of(finished.out):
+        if "val_loss" in entry:
+            assert entry["val_bpb"] == pytest.approx(entry["val_loss"] / math.log(2) / bytes_per_token)
+
+
+def test_every_checkpoint_is_whole(finished):
+    folders = [*finished.out.glob("step-*"), finished.out / "best"]
+    for folder in folders:
+        names = {p.name for p in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "trainer.safetensors", "trainer.json"} <= names
+        assert all(t.dtype == torch.float32 for t in load_safetensors(folder / "model.safetensors").values())
+        assert Zaya.from_pretrained(folder).config.hidden_size == 32
+        assert load_tokenizer(folder).decode([104, 105]) == "hi"
+        step = json.loads((folder / "trainer.json").read_text())["step"]
+        assert folder.name in (f"step-{step:07d}", "best")
+    lowest = min((entry for entry in log_of(finished.out) if "val_loss" in entry), key=lambda entry: entry["val_loss"])
+    best = json.loads((finished.out / "best" / "trainer.json").read_text())
+    assert (best["step"], best["best"]) == (lowest["step"], lowest["val_loss"])
+
+
+def test_a_run_says_what_it_does(finished):
+    assert "bits a byte" in finished.stdout and "a sample:" in finished.stdout and "sample.py --checkpoint" in finished.stdout
+    assert "6/6" in finished.stderr and "tok/s" in finished.stderr and "load entropy" in finished.stderr  # the progress bar
+    assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
+
+
+def test_transformers_opens_a_checkpoint(finished):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ZayaForCausalLM"):
+        pytest.skip("this transformers has no ZAYA1")
+    theirs = transformers.ZayaForCausalLM.from_pretrained(finished.out / "step-0000006", dtype=torch.float32)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = Zaya.from_pretrained(finished.out)(tokens)[0]
+        torch.testing.assert_close(theirs(tokens).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_the_best(tiny, call, tmp_path):
+    done = call(train, *flags(**tiny | {"steps": 5, "save_every": 1, "keep": 2}, out=tmp_path))
+    assert done.status == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["best", "step-0000004", "step-0000005"]
+
+
+def test_eval_only_prints_and_writes_nothing(finished, tiny, call, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in finished.out.rglob("*")}
+    val_loss = log_of(finished.out)[-1]["val_loss"]
+    for which in ({"init_from": finished.out, "out": tmp_path / "new"}, {"out": finished.out, "resume": True}):
+        done = call(train, *flags(**({} if "resume" in which else tiny), **which, eval_only=True))
+        assert done.status == 0 and f"validation loss {val_loss:.4f} nats" in done.stdout and "bits a byte" in done.stdout
+    assert not (tmp_path / "new").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in finished.out.rglob("*")}
+
+
+def test_init_from_goes_on_with_the_weights_in_a_run_of_its_own(finished, tiny_data, call, tmp_path):
+    done = call(train, *flags(
+        data=tiny_data, init_from=finished.out, out=tmp_path, steps=2, batch_size=4, lr=1e-4, block_size=24,
+        rope_theta=5e4, eval_every=1, eval_batches=1, device="cpu", dtype="float32",
+    ))  # fmt: skip
+    assert done.status == 0
+    log = log_of(tmp_path)
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert log[0]["loss"] == pytest.approx(log_of(finished.out)[-1]["loss"], abs=0.5)  # far below a fresh model's 5.55
+    config = Zaya.from_pretrained(tmp_path).config
+    assert (config.hidden_size, config.rope_theta, config.max_position_embeddings) == (32, 5e4, 24)
+
+
+def test_dense_and_conventional_twins_train_too(tiny, call, tmp_path):
+    for name, twin in {"dense": {"mlp": "dense"}, "plain": {"attention": "gqa", "mlp": "dense"}}.items():
+        done = call(train, *flags(**tiny | {"steps": 3}, **twin, out=tmp_path / name))
+        assert done.status == 0
+        log = log_of(tmp_path / name)
+        assert log[-1]["loss"] < log[0]["loss"] and "load_entropy" not in log[-1]
+        assert not (tmp_path / name / "experts.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on. Equal means equal: every loss and every number of the last checkpoint, bit for bit.
+
+
+def assert_same_run(out, other):
+    losses, tensors = what_was_learned(out)
+    expected_losses, expected = what_was_learned(other)
+    assert losses == expected_losses
+    assert tensors.keys() == expected.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny, tmp_path_factory):
+    """Flags of a run that is long enough to be stopped somewhere, and where it went undisturbed."""
+    chosen = tiny | {"steps": 60, "save_every": 10, "eval_every": 20}
+    out = tmp_path_factory.mktemp("long") / "out"
+    assert command("train.py", *flags(**chosen, out=out)).returncode == 0
+    return SimpleNamespace(flags=chosen, out=out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_stop_at_any_moment_changes_nothing(long_run, tmp_path, number):
+    """SIGTERM and Ctrl-C save and end with status 0; after kill -9 the newest checkpoint is there. --resume does the rest."""
+    out = tmp_path / "out"
+    at = random.randint(11, 50)
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags(**long_run.flags, out=out)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = out / "log.jsonl"
+    while run.poll() is None and (not log.exists() or log.read_text().count("\n") < at):
+        time.sleep(0.002)
+    run.send_signal(number)
+    stdout, stderr = run.communicate(timeout=60)
+    stopped = log.read_text().count("\n")
+    assert at <= stopped < 60, f"the signal was to hit step {at}"
+    if number == signal.SIGKILL:
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert run.returncode == 0, stderr
+        assert (out / f"step-{stopped:07d}").is_dir() and f"stopped after step {stopped}" in stdout and "--resume" in stdout
+        assert (out / "loss.png").exists()
+    done = command("train.py", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, long_run.out)
+
+
+@pytest.mark.parametrize("moment", ["training_batch", "evaluate", "save_checkpoint", "learning_rate"])
+def test_a_signal_in_any_part_of_a_step_saves_that_step(finished, tiny, call, tmp_path, monkeypatch, moment):
+    owner = Tokens if moment == "training_batch" else train
+    original, calls = getattr(owner, moment), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 1:  # in the first evaluation, that of step 3, say
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    done = call(train, *flags(**tiny | {"keep": 9, "save_every": 5}, out=tmp_path))
+    assert done.status == 0
+    stopped = len(log_of(tmp_path))
+    assert stopped < 6 and f"stopped after step {stopped}" in done.stdout
+    assert (tmp_path / f"step-{stopped:07d}").is_dir()
+    monkeypatch.setattr(owner, moment, original)
+    assert call(train, "--out", tmp_path, "--resume").status == 0
+    assert_same_run(tmp_path, finished.out)
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    shutil.rmtree(out / "step-0000006")  # the power went between step 5 and the checkpoint of step 6,
+    (out / ".step-0000006.partial").mkdir()  # while that was being written
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "loss": 1')
+    done = call(train, "--out", out, "--resume")
+    assert done.status == 0
+    assert [entry["step"] for entry in log_of(out)] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(out, finished.out)
+
+
+def test_bf16_goes_on_bit_for_bit_too(tiny, call, tmp_path):
+    chosen = tiny | {"dtype": "bfloat16", "steps": 4, "keep": 9}
+    assert call(train, *flags(**chosen, out=tmp_path / "a")).status == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"b/step-000000{step}")
+    assert call(train, "--out", tmp_path / "b", "--resume").status == 0
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_says_so(finished, call, tmp_path):
+    shutil.copy(finished.out / "args.json", tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 9.9}\n')
+    done = call(train, "--out", tmp_path, "--resume")
+    assert done.status == 0 and "starting at step 0" in done.stdout
+    assert_same_run(tmp_path, finished.out)
+
+
+def test_a_flag_given_again_wins(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, *flags(out=out, resume=True, steps=8, lr=0.002, eval_every=4)).status == 0
+    log = log_of(out)
+    assert len(log) == 8 and log[-1]["lr"] < 0.002 and "val_loss" in log[-1]
+    assert log[:6] == log_of(finished.out)
+    assert json.loads((out / "args.json").read_text())["steps"] == 8
+
+
+def test_a_finished_run_resumed_is_still_finished(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    done = call(train, "--out", out, "--resume")
+    assert done.status == 0 and "a sample:" in done.stdout
+    assert_same_run(out, finished.out)
+
+
+def test_torchruns_restart_resumes_by_itself(finished, tiny, call, tmp_path, monkeypatch):
+    """torchrun starts a crashed command again as it was, without --resume, and says so in the environment."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    shutil.rmtree(out / "step-0000006")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert call(train, *flags(**tiny, keep=9, out=out)).status == 0
+    assert_same_run(out, finished.out)
+    assert call(train, *flags(**tiny, keep=9, out=tmp_path / "new")).status == 0  # crashed before there was a run
+    assert_same_run(tmp_path / "new", finished.out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and accumulation: the same batch, cut in other ways, is the same up to rounding
+
+
+def assert_near(out, other, within):
+    losses, tensors = what_was_learned(out)
+    expected_losses, expected = what_was_learned(other)
+    assert losses.keys() == expected_losses.keys()
+    assert max(abs(losses[step] - expected_losses[step]) for step in losses) < within
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            assert (tensor - expected[name]).abs().max() < 10 * within, name
+
+
+def test_accumulation_is_one_batch(finished, tiny, call, tmp_path):
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        assert call(train, *flags(**tiny, micro_batch_size=size, out=out)).status == 0
+        assert_near(out, finished.out, 1e-5)
+
+
+def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path):
+    out = tmp_path / "two"
+    done = command("train.py", *flags(**tiny, keep=9, out=out), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a sample:") == 1  # only the first rank speaks
+    assert call(train, *flags(**tiny, micro_batch_size=2, out=tmp_path / "one")).status == 0
+    assert_near(out, tmp_path / "one", 1e-5)
+    ours, theirs = log_of(out), log_of(tmp_path / "one")
+    assert [entry.get("load") for entry in ours] == [entry.get("load") for entry in theirs]  # counted over both ranks
+
+    # Saved on two ranks, resumed on one.
+    for checkpoint in ("step-0000004", "step-0000006"):
+        shutil.rmtree(out / checkpoint)
+    assert call(train, "--out", out, "--resume").status == 0
+    assert_near(out, finished.out, 1e-5)
+
+
+def test_saved_on_one_rank_resumed_on_two(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    for checkpoint in ("step-0000004", "step-0000006"):
+        shutil.rmtree(out / checkpoint)
+    done = command("train.py", "--out", out, "--resume", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert_near(out, finished.out, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses that are not finite
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(steps): the loss of those steps (1, 2, ...) becomes NaN on its way out of the model."""
+
+    def install(steps):
+        forward, count = Zaya.forward, iter(range(1, 1000))
+
+        def spoiled(self, tokens, targets=None, cache=None):
+            logits, loss = forward(self, tokens, targets, cache)
+            training = targets is not None and torch.is_grad_enabled()
+            return logits, loss * math.nan if training and next(count) in steps else loss
+
+        monkeypatch.setattr(Zaya, "forward", spoiled)
+
+    return install
+
+
+def test_a_bad_loss_skips_the_update(tiny, call, tmp_path, spoil):
+    spoil({3})
+    assert call(train, *flags(**tiny | {"steps": 3, "save_every": 2}, out=tmp_path)).status == 0
+    log = log_of(tmp_path)
+    assert [entry["loss"] is None for entry in log] == [False, False, True]
+    assert log[-1]["grad_norm"] is None and [entry["skipped"] for entry in log] == [0, 0, 1]
+    for file in ("model.safetensors", "trainer.safetensors"):  # weights, momenta and counts are step 2's
+        before, after = (load_safetensors(tmp_path / f"step-000000{step}" / file) for step in (2, 3))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "step-0000003/trainer.json").read_text())["skipped"] == 1
+
+
+def test_training_goes_on_after_a_bad_loss(tiny, call, tmp_path, spoil):
+    spoil({2, 4})
+    assert call(train, *flags(**tiny | {"steps": 12}, out=tmp_path)).status == 0
+    log = log_of(tmp_path)
+    assert [entry["skipped"] for entry in log] == [0, 1, 1, *[2] * 9]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_ten_bad_losses_in_a_row_stop_the_run(tiny, call, tmp_path, spoil):
+    spoil(set(range(5, 100)))
+    done = call(train, *flags(**tiny | {"steps": 40}, out=tmp_path))
+    assert done.status == 2
+    last = re.split("[\r\n]", done.stderr.strip())[-1]
+    assert last.startswith("train.py: error:") and "step 14" in last and "step-0000004" in last
+    assert len(log_of(tmp_path)) == 14
+    assert Zaya.from_pretrained(tmp_path / "step-0000004")  # still there, and whole
+
+
+def test_a_run_that_explodes_stops_with_what_it_had(tiny, call, tmp_path):
+    done = call(train, *flags(**tiny | {"steps": 40, "lr": 1e30}, out=tmp_path))
+    assert done.status == 2 and "not finite" in done.stderr
+    log = log_of(tmp_path)
+    assert log[-1]["loss"] is None and log[-1]["skipped"] == 10 and len(log) < 40
+    assert all(Zaya.from_pretrained(path) for path in tmp_path.glob("step-*"))  # whatever was saved is finite
