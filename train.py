@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
     PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
     save_safetensors, stop_in_one_line,
@@ -46,7 +46,7 @@ class TrainConfig:
     out: str = "out"  # run directory: checkpoints, log, pictures
     steps: int = 400  # optimizer steps
     batch_size: int = 32  # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int | None = None  # sequences a rank and forward pass; None: the rank's whole share
+    micro_batch_size: int | None = None  # sequences a rank and forward pass, the rest is accumulated; None: up to 8
     block_size: int | None = None  # tokens a sequence; None: the preset's context
     lr: float = 0.02  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
@@ -59,8 +59,8 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
     compile: bool | None = None  # torch.compile; None: on a GPU
-    eval_every: int = 50  # steps between evaluations
-    eval_batches: int = 20  # micro-batches an evaluation, spread over the validation text; 0: all of it
+    eval_every: int = 100  # steps between evaluations
+    eval_batches: int = 32  # micro-batches an evaluation, spread over the validation text; 0: all of it
     eval_only: bool = False  # evaluate --init_from, or --resume's checkpoint, and leave
     save_every: int = 100  # steps between checkpoints; there is one at the end, too
     keep: int = 2  # checkpoints to keep, beside the best
@@ -603,7 +603,7 @@ def main():
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
-    config.micro_batch_size = config.micro_batch_size or share
+    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 8)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
     train = Tokens(folder, "train", config.block_size, config.seed, meta)
@@ -631,9 +631,13 @@ def main():
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         own = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
-        (out / "args.json").write_text(json.dumps(asdict(config) | own | {"resume": False}, indent=2) + "\n")
+        for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with write_aside(out / "args.json") as file:
+            file.write(json.dumps(asdict(config) | own | {"resume": False}, indent=2).encode() + b"\n")
         kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
-        (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        with write_aside(out / "log.jsonl") as file:
+            file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
         log = open(out / "log.jsonl", "a", buffering=1)
         total, active = model.parameter_counts()
         print(

@@ -137,25 +137,6 @@ PRESETS = {
 # Norms and rotary embedding. All of it in fp32, whatever the weights are [R].
 
 
-class Normalize(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, with its gradient in four passes (autograd's own takes a dozen)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        grad_x = grad * x
-        grad_weight = inverse.flatten() @ grad_x.flatten(0, -2)
-        along_x = (grad_x @ weight)[..., None] * inverse**3 / x.shape[-1]
-        grad_x = torch.mul(grad, weight, out=grad_x).mul_(inverse).addcmul_(x, along_x, value=-1)
-        return grad_x, grad_weight, None
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed and returned in fp32."""
 
@@ -166,49 +147,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return Normalize.apply(x.float(), self.weight, self.eps)
-
-
-class CPUProducts(torch.autograd.Function):
-    """x (N, in), cut into E pieces of rows[e] rows, each times its own weight[e].T of weight (E, out, in) -> (N, out).
-
-    In fp32 by oneDNN: PyTorch's own choice, MKL, leaves half of an AMD CPU unused (218 against 438 GFLOP/s, forward
-    and backward, for 2048 x 256 x 192 on two Zen 5 cores; the results are the same fp32).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, rows):
-        ctx.save_for_backward(x, weight)
-        ctx.rows = rows
-        return join([times(x_e, w_e) for x_e, w_e in zip(x.split(rows), weight)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grads = grad.split(ctx.rows)
-        grad_x = join([times(g, w.t()) for g, w in zip(grads, weight)])
-        grad_weight = join([times(g.t(), x_e.t()) for g, x_e in zip(grads, x.split(ctx.rows))])
-        return grad_x, grad_weight.view(weight.shape), None
-
-
-def join(pieces):
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-
-def times(a, b):
-    """a @ b.T"""
-    onednn = a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if onednn and a.numel() and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return F.linear(a, b)
-
-
-def linear(x, weight, bias=None):
-    """x (..., in) times weight (out, in), plus bias, in the weight's dtype: here fp32 becomes the compute dtype."""
-    x = x.to(weight.dtype)
-    if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    y = CPUProducts.apply(x.flatten(0, -2), weight[None], [x.shape[:-1].numel()]).unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
 
 
 def rotary_table(positions, rotary_dim, theta):
@@ -433,52 +371,6 @@ class Router(nn.Module):
         return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts, state
 
 
-class Permute(torch.autograd.Function):
-    """x[order], whose gradient is one more gather (autograd's own would add rows one by one)."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
-def grouped_linear(x, weight, offsets):
-    """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
-
-    offsets (E) int32: where each expert's rows end. On a GPU the shapes are static whatever the routing and the
-    offsets stay on the device: nothing waits. Only widths that are no multiple of 16 bytes take the loop there.
-    """
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if x.is_cuda and aligned:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return CPUProducts.apply(x, weight, offsets.diff(prepend=offsets.new_zeros(1)).tolist())
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [gate | up] (N, 2F) -> (N, F), with the gradient written in place."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        return grad_gate_up
-
-
 class Experts(nn.Module):
     """E SwiGLU networks, their weights stacked."""
 
@@ -575,52 +467,6 @@ class Block(nn.Module):
         stream = self.post_attention_residual_scale(stream, out)
         out, router_state = self.mlp(self.post_attention_layernorm(stream), router_state)
         return self.post_mlp_residual_scale(stream, out), router_state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
-
-    A chunk of tokens at a time: logits, loss and, already in the forward pass, their gradient, which overwrites
-    them. What is kept for the backward pass are the two gradients alone. Logits and loss are fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, with_gradient):
-        N, V = len(hidden), len(weight)
-        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        rows = max(1, LOGITS_AT_ONCE // V)
-        for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            log_p = matmul_fp32(x, weight.t()).log_softmax(dim=1)
-            picked = log_p.gather(1, y[:, None])
-            loss -= picked.sum() / N
-            if with_gradient:  # d loss / d logits = (softmax - one_hot) / N
-                grad = log_p.exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).div_(N).to(weight.dtype)
-                grad_hidden[start : start + rows] = times(grad, weight.t())
-                grad_weight += times(grad.t(), x.t())
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, (grad_weight.mul_(grad)).to(ctx.weight_dtype), None, None
-
-
-LOGITS_AT_ONCE = 2**21  # numbers in a chunk: 8 MB of fp32
-
-
-def matmul_fp32(a, b):
-    """a @ b accumulated in fp32 and returned in fp32, from operands that may be bf16."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return times(a.float(), b.float().t())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -855,6 +701,162 @@ def sample(logits, temperature, top_k, top_p):
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
         logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products and gradients: what the architecture above calls, written so that it takes little time and memory.
+# Skip this section on a first reading: linear, grouped_linear and Permute are what their names say, Normalize is
+# RMSNorm's formula, SwiGLU is silu(gate) * up, LinearCrossEntropy is F.cross_entropy of the LM head's logits.
+
+
+def linear(x, weight, bias=None):
+    """x (..., in) times weight (out, in), plus bias, in the weight's dtype: here fp32 becomes the compute dtype."""
+    x = x.to(weight.dtype)
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    y = CPUProducts.apply(x.flatten(0, -2), weight[None], [x.shape[:-1].numel()]).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+def grouped_linear(x, weight, offsets):
+    """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
+
+    offsets (E) int32: where each expert's rows end. On a GPU the shapes are static whatever the routing and the
+    offsets stay on the device: nothing waits. Only widths that are no multiple of 16 bytes take the loop there.
+    """
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.is_cuda and aligned:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return CPUProducts.apply(x, weight, offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+
+
+class CPUProducts(torch.autograd.Function):
+    """x (N, in), cut into E pieces of rows[e] rows, each times its own weight[e].T of weight (E, out, in) -> (N, out).
+
+    In fp32 by oneDNN: PyTorch's own choice, MKL, leaves half of an AMD CPU unused (218 against 438 GFLOP/s, forward
+    and backward, for 2048 x 256 x 192 on two Zen 5 cores; the results are the same fp32).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, rows):
+        ctx.save_for_backward(x, weight)
+        ctx.rows = rows
+        return join([times(x_e, w_e) for x_e, w_e in zip(x.split(rows), weight)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grads = grad.split(ctx.rows)
+        grad_x = join([times(g, w.t()) for g, w in zip(grads, weight)])
+        grad_weight = join([times(g.t(), x_e.t()) for g, x_e in zip(grads, x.split(ctx.rows))])
+        return grad_x, grad_weight.view(weight.shape), None
+
+
+def join(pieces):
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def times(a, b):
+    """a @ b.T"""
+    onednn = a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and a.numel() and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return F.linear(a, b)
+
+
+LOGITS_AT_ONCE = 2**21  # numbers in a chunk: 8 MB of fp32
+
+
+def matmul_fp32(a, b):
+    """a @ b accumulated in fp32 and returned in fp32, from operands that may be bf16."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return times(a.float(), b.float().t())
+
+
+class Normalize(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, with its gradient in four passes (autograd's own takes a dozen)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = grad * x
+        grad_weight = inverse.flatten() @ grad_x.flatten(0, -2)
+        along_x = (grad_x @ weight)[..., None] * inverse**3 / x.shape[-1]
+        grad_x = torch.mul(grad, weight, out=grad_x).mul_(inverse).addcmul_(x, along_x, value=-1)
+        return grad_x, grad_weight, None
+
+
+class Permute(torch.autograd.Function):
+    """x[order], whose gradient is one more gather (autograd's own would add rows one by one)."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [gate | up] (N, 2F) -> (N, F), with the gradient written in place."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        return grad_gate_up
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
+
+    A chunk of tokens at a time: logits, loss and, already in the forward pass, their gradient, which overwrites
+    them. What is kept for the backward pass are the two gradients alone. Logits and loss are fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, with_gradient):
+        N, V = len(hidden), len(weight)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        rows = max(1, LOGITS_AT_ONCE // V)
+        for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
+            log_p = matmul_fp32(x, weight.t()).log_softmax(dim=1)
+            picked = log_p.gather(1, y[:, None])
+            loss -= picked.sum() / N
+            if with_gradient:  # d loss / d logits = (softmax - one_hot) / N
+                grad = log_p.exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).div_(N).to(weight.dtype)
+                grad_hidden[start : start + rows] = times(grad, weight.t())
+                grad_weight += times(grad.t(), x.t())
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, (grad_weight.mul_(grad)).to(ctx.weight_dtype), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

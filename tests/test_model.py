@@ -1,0 +1,604 @@
+"""What zaya.py promises by itself: router, gradients, loss, generation, configurations, files."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import zaya
+from zaya import PRESETS, Zaya, ZayaConfig, config_from_json, config_to_json, load_safetensors, save_safetensors
+
+SMALL = ZayaConfig(
+    vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    moe_intermediate_size=24, num_experts=4, router_hidden_size=16, max_position_embeddings=64,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+
+
+def random_model(seed=0, **changes):
+    """A small model whose tokens differ in their expert and whose greedy text is not one word."""
+    torch.manual_seed(seed)
+    model = Zaya(replace(SMALL, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        model.embed_tokens.weight *= 4
+        for router in model.routers:
+            router.balancing_biases[:-1].normal_(std=0.1)
+    return model
+
+
+def random_tokens(*shape, vocab_size=SMALL.vocab_size, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def swiglu(x, gate_up, down):
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down.T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router and experts
+
+
+@pytest.fixture
+def moe():
+    """One layer's mixture of experts, with weights that spread the tokens."""
+    layer = random_model().layers[1].mlp
+    with torch.no_grad():
+        for part in ("fc1", "fc2", "out_proj"):
+            layer.gate.router_mlp[part].weight *= 2
+    return layer
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+
+
+STATE = torch.randn(60, 16, generator=torch.Generator().manual_seed(2))  # the layer before's
+
+
+def probabilities(router, x):
+    """s of every class by the formula of the report, (N, E + 1)."""
+    mlp, state = router.router_mlp, router.down_proj(x.flatten(0, 1)) + STATE * router.router_states_scale
+    thought = F.rms_norm(state, state.shape[-1:], mlp["norm"].weight, mlp["norm"].eps)
+    return mlp["out_proj"](F.gelu(mlp["fc2"](F.gelu(mlp["fc1"](thought))))).softmax(dim=-1)
+
+
+def test_output_is_the_chosen_experts_times_its_probability(moe, x):
+    s = probabilities(moe.gate, x)
+    choice = (s + moe.gate.balancing_biases).argmax(dim=-1)
+    assert len(choice.unique()) >= 3
+    experts = moe.experts
+    rows = zip(x.flatten(0, 1), choice, s)
+    expected = torch.stack([s_n[e] * swiglu(x_n, experts.gate_up_proj[e], experts.down_proj[e]) for x_n, e, s_n in rows])
+    torch.testing.assert_close(moe(x, STATE)[0].flatten(0, 1), expected)
+
+
+def test_equal_experts_are_one_dense_swiglu(moe, x):
+    with torch.no_grad():
+        for weight in moe.experts.parameters():
+            weight[:] = weight[0].clone()
+    probability = moe.gate(x.flatten(0, 1), STATE)[0].view(3, 20, 1)
+    dense = swiglu(x, moe.experts.gate_up_proj[0], moe.experts.down_proj[0])
+    torch.testing.assert_close(moe(x, STATE)[0], dense * probability)
+
+
+def test_experts_have_no_order(moe, x):
+    """Permuting them, with the router's rows and biases, changes nothing but their numbers."""
+    before, (_, choice, counts, _) = moe(x, STATE)[0], moe.gate(x.flatten(0, 1), STATE)
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for tensor in (*moe.experts.parameters(), moe.gate.router_mlp["out_proj"].weight, moe.gate.balancing_biases):
+            tensor[:4] = tensor[order]
+    _, new_choice, new_counts, _ = moe.gate(x.flatten(0, 1), STATE)
+    assert order[new_choice].equal(choice) and new_counts[:4].equal(counts[order])
+    torch.testing.assert_close(moe(x, STATE)[0], before)
+
+
+def test_balancing_bias_steers_the_choice_and_nothing_else(moe, x):
+    s = probabilities(moe.gate, x)
+    for favourite in range(4):
+        moe.gate.balancing_biases[:4] = 10 * F.one_hot(torch.tensor(favourite), 4)
+        probability, choice, counts, _ = moe.gate(x.flatten(0, 1), STATE)
+        assert (choice == favourite).all() and counts[favourite] == 60
+        torch.testing.assert_close(probability, s[:, favourite])  # neither biased nor renormalised
+
+
+def test_balancing_bias_gets_no_gradient(moe, x):
+    assert "balancing_biases" not in dict(moe.gate.named_parameters())
+    moe.gate.balancing_biases.requires_grad_()
+    moe(x, STATE)[0].sum().backward()
+    assert moe.gate.balancing_biases.grad is None
+    assert moe.gate.router_mlp["out_proj"].weight.grad.norm() > 0
+
+
+def test_skipped_tokens_add_nothing_and_learn_nothing(moe, x):
+    """Nor do the experts learn from them: their gradients are those of the other tokens alone."""
+    moe.gate.balancing_biases[-1] = probabilities(moe.gate, x).max(dim=-1).values.median().item() / 2
+    x.requires_grad_()
+    out, _ = moe(x, STATE)
+    skipped = moe.gate(x.flatten(0, 1), STATE)[1].view(3, 20) == 4
+    assert 5 < skipped.sum() < 55
+    assert (out[skipped] == 0).all() and (out[~skipped] != 0).any(dim=-1).all()
+    out.square().sum().backward()
+    assert (x.grad[skipped] == 0).all() and (x.grad[~skipped] != 0).any(dim=-1).all()
+    gradients = [weight.grad.clone() for weight in moe.experts.parameters()]
+    moe.zero_grad()
+    moe(x[~skipped][None], STATE[~skipped.flatten()])[0].square().sum().backward()
+    for weight, gradient in zip(moe.experts.parameters(), gradients):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_all_skipped(moe, x):
+    moe.gate.balancing_biases[-1] = 10.0
+    out, _ = moe(x, STATE)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert all((parameter.grad == 0).all() for parameter in moe.parameters() if parameter.grad is not None)
+
+
+def test_counts_add_up_to_the_tokens(moe, x):
+    _, choice, counts, _ = moe.gate(x.flatten(0, 1), STATE)
+    assert counts.sum() == 60 and counts.equal(choice.bincount(minlength=5))
+    _, _, again, _ = moe.gate(x.flatten(0, 1), STATE)
+    assert moe.gate.counts.equal(counts + again)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients written by hand, against autograd's
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    order = torch.randperm(7)
+    checks = {
+        "Normalize": (lambda x, w: zaya.Normalize.apply(x, w, 1e-3), (double(2, 3, 5), double(5))),
+        "SwiGLU": (zaya.SwiGLU.apply, (double(4, 6),)),
+        "Permute": (lambda x: zaya.Permute.apply(x, order, order.argsort()), (double(7, 3),)),
+        "CPUProducts": (lambda x, w: zaya.CPUProducts.apply(x, w, [2, 0, 4, 1]), (double(7, 3), double(4, 2, 3))),
+    }
+    for name, (function, inputs) in checks.items():
+        assert torch.autograd.gradcheck(function, inputs), name
+
+
+def assert_same_gradients(function, formula, *inputs):
+    """Values and gradients of both, in float32, for a random gradient of the output."""
+    inputs = [x.requires_grad_() for x in inputs]
+    out, expected = function(*inputs), formula(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[7, 0, 20, 1], [28], [0, 0, 28], [0, 0]])
+def test_products_in_float32(rows):
+    """oneDNN's, and with experts that have no token."""
+    torch.manual_seed(0)
+
+    def formula(x, weight):
+        return torch.cat([x_e @ w.T for x_e, w in zip(x.split(rows), weight)])
+
+    x, weight = torch.randn(sum(rows), 9), torch.randn(len(rows), 5, 9)
+    assert_same_gradients(lambda x, w: zaya.CPUProducts.apply(x, w, rows), formula, x, weight)
+
+
+def test_norm_and_swiglu_in_float32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 16), torch.randn(16)
+    assert_same_gradients(lambda x, w: zaya.Normalize.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (16,), w, 1e-5), x, weight)
+    assert_same_gradients(zaya.SwiGLU.apply, lambda x: F.silu(x[:, :8]) * x[:, 8:], torch.randn(5, 16))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_convolutions_are_conv1d(taps):
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 10, 24), torch.randn(24)
+    for groups, weight in ((24, torch.randn(24, 1, taps)), (3, torch.randn(24, 8, taps))):
+        ours = zaya.depthwise_conv if groups == 24 else lambda *args: zaya.grouped_conv(*args, H=3)
+        assert_same_gradients(ours, lambda x, w, b: F.conv1d(x.mT, w, b, groups=groups).mT, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, S", [(1, 1), (6, 6), (1, 6), (3, 6)])
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_attention_is_its_formula(T, S, window, dtype):
+    """2 query heads for each of 3 key heads; the queries are the last T of S positions."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, heads, 8).to(dtype) for length, heads in ((T, 6), (S, 3), (S, 3)))
+
+    def formula(q, k, v):
+        k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / 8**0.5
+        past = torch.arange(S - T, S)[:, None] - torch.arange(S)  # (T, S): how long ago
+        scores = scores.masked_fill((past < 0) | (past >= (window or S)), float("-inf"))
+        return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1), v).flatten(2)
+
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(zaya.attend(q, k, v, window).float(), formula(q.float(), k.float(), v.float()), **tolerance)
+
+
+@pytest.mark.parametrize("twin", [{}, {"mlp": "dense"}, {"attention": "gqa"}, {"tie_word_embeddings": False}])
+def test_every_parameter_learns_from_the_first_step(twin):
+    """From our own initialisation, no exception; and with these 512 tokens every expert, too."""
+    torch.manual_seed(0)
+    model = Zaya(replace(SMALL, **twin))
+    tokens = random_tokens(8, 65)
+    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.norm() > 0, name
+        if ".experts." in name:
+            assert (parameter.grad.flatten(1).norm(dim=1) > 0).all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@pytest.mark.parametrize("rows", [1, 70, 100, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunked_loss_is_cross_entropy(rows, tied, monkeypatch):
+    """In chunks as small as can be, in equal and unequal ones, at once: value, and the gradient of every parameter."""
+    monkeypatch.setattr(zaya, "LOGITS_AT_ONCE", rows * SMALL.vocab_size)
+    model, tokens = random_model(tie_word_embeddings=tied), random_tokens(10, 22)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    parameters = list(model.parameters())
+    loss = model(inputs, targets)[1]
+    expected = F.cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(torch.autograd.grad(3 * loss, parameters), torch.autograd.grad(3 * expected, parameters))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs, targets)[1], expected)
+
+
+def test_loss_holds_no_table_of_logits():
+    """At Gemma's vocabulary the logits of these 1,024 tokens, their softmax and its gradient would take 3.2 GB."""
+    script = """if True:
+        import resource, sys, torch
+        sys.path.insert(0, sys.argv[1])
+        import zaya
+        hidden = torch.randn(1024, 256, requires_grad=True)
+        weight = torch.zeros(262272, 256, requires_grad=True)
+        weight.grad = torch.zeros_like(weight).add_(0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        zaya.LinearCrossEntropy.apply(hidden, weight, torch.arange(1024), True).backward()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    kilobytes = int(subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True).stdout)
+    assert kilobytes * 1024 < 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def test_zaya1_8b_has_the_official_size():
+    with torch.device("meta"):
+        assert Zaya(PRESETS["zaya1-8b"]).parameter_counts() == (8_840_488_784, 753_608_528)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_keep_the_official_proportions(name):
+    c, D = PRESETS[name], PRESETS[name].hidden_size
+    assert (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim) == (D // 2, D // 8)
+    assert (c.moe_intermediate_size, c.router_hidden_size, c.num_experts) == (D, D // 8, 16)
+    assert (c.cca_time0, c.cca_time1, c.partial_rotary_factor, c.tie_word_embeddings) == (2, 2, 0.5, True)
+    assert (c.attention, c.mlp, set(c.layer_types)) == ("cca", "moe", {"hybrid"})
+
+
+def test_bf16_spares_what_is_small_and_sensitive():
+    """Norms, scales, temperatures and balancing biases stay fp32; all that takes part in a product is bf16."""
+    model = random_model().cast(torch.bfloat16)
+    fp32 = ("norm.weight", "_scale", "_hidden_states_bias", "residual_bias", ".hidden_states_bias", "temp", "balancing_biases")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name.endswith(fp32) else torch.bfloat16), name
+    logits, _ = model(random_tokens(2, 9))
+    assert logits.dtype == torch.float32
+    model(random_tokens(2, 9), random_tokens(2, 9, seed=1))[1].backward()
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@torch.no_grad()
+def argmax_loop(model, tokens, new):
+    """Greedy decoding without a cache. Past the context it goes on from the text's last half context."""
+    context = model.config.max_position_embeddings
+    begin = max(0, tokens.shape[1] - context)
+    for _ in range(new):
+        if tokens.shape[1] - begin > context:
+            begin = tokens.shape[1] - max(1, context // 2)
+        tokens = torch.cat([tokens, model(tokens[:, begin:])[0][:, -1:].argmax(dim=-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("prompt, new, context", [(5, 30, 64), (5, 11, 16), (5, 12, 16), (5, 50, 16), (40, 30, 16), (3, 5, 1)])
+def test_greedy_is_an_argmax_loop(prompt, new, context):
+    """Also if the prompt is longer than the context (40 of 16 tokens) or the text runs past it, once or often."""
+    model, tokens = random_model(max_position_embeddings=context), random_tokens(3, prompt)
+    text = model.generate(tokens, new, temperature=0)
+    assert text.equal(argmax_loop(model, tokens, new))
+    assert len(text[:, prompt:].unique()) > 2
+
+
+@pytest.mark.parametrize("flags", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}, {"top_k": 5, "top_p": 1e-6}])
+def test_narrow_sampling_is_greedy(flags):
+    model, tokens = random_model(), random_tokens(3, 5)
+    assert model.generate(tokens, 20, **flags).equal(model.generate(tokens, 20, temperature=0))
+
+
+def test_end_of_text_stops_a_row_and_fills_it():
+    model, tokens = random_model(), random_tokens(3, 5)
+    free = model.generate(tokens, 20, temperature=0)
+    eos = free[0, 9].item()
+    text = model.generate(tokens, 20, temperature=0, eos_token_id=eos)
+    lengths = []
+    for row, free_row in zip(text, free):
+        ends = (free_row[5:] == eos).nonzero().flatten() + 5
+        lengths.append(int(ends[0]) + 1 if len(ends) else 25)
+        assert row[: lengths[-1]].equal(free_row[: lengths[-1]]) and (row[lengths[-1] :] == eos).all()
+    assert text.shape[1] == max(lengths) and min(lengths) < max(lengths)
+
+
+def test_generation_ends_when_all_texts_have():
+    model, tokens = random_model(), random_tokens(1, 5)
+    free = model.generate(tokens, 20, temperature=0)[0, 5:].tolist()
+    eos = free[8]
+    assert model.generate(tokens, 20, temperature=0, eos_token_id=eos)[0, 5:].tolist() == free[: free.index(eos) + 1]
+
+
+def test_no_new_tokens():
+    tokens = random_tokens(2, 5)
+    assert random_model().generate(tokens, 0).equal(tokens)
+
+
+@pytest.mark.parametrize(
+    "flags, kept",
+    [
+        (dict(temperature=1.0, top_k=None, top_p=None), 6),
+        (dict(temperature=0.5, top_k=None, top_p=None), 6),
+        (dict(temperature=1.0, top_k=3, top_p=None), 3),
+        (dict(temperature=1.0, top_k=99, top_p=None), 6),
+        (dict(temperature=1.0, top_k=None, top_p=0.7), 2),  # 0.5 + 0.25 is the first sum to reach 0.7
+        (dict(temperature=1.0, top_k=2, top_p=0.99), 2),
+    ],
+)
+def test_sampled_frequencies_follow_the_softmax(flags, kept):
+    """Chi-square of 20,000 draws, at odds of one in a million; of the `kept` likeliest tokens alone."""
+    torch.manual_seed(0)
+    share = torch.tensor([0.05, 0.5, 0.1, 0.25, 0.02, 0.08])
+    drawn = zaya.sample(share.log().expand(20000, 6), **flags).bincount(minlength=6)
+    expected = share ** (1 / flags["temperature"])
+    expected = expected.masked_fill(expected < expected.topk(kept).values[-1], 0)
+    expected *= 20000 / expected.sum()
+    assert (drawn[expected == 0] == 0).all()
+    assert ((drawn - expected) ** 2 / expected)[expected > 0].sum() < 36
+
+
+def test_full_cache_says_so():
+    model = random_model()
+    cache = model.new_cache(2, 8)
+    model(random_tokens(2, 6), cache=cache)
+    with pytest.raises(ValueError, match="9 tokens do not fit a cache of 8"):
+        model(random_tokens(2, 3), cache=cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Twins and configurations
+
+TWINS = {
+    "dense": dict(mlp="dense"),
+    "gqa": dict(attention="gqa"),
+    "mha": dict(attention="mha"),
+    "conventional": dict(attention="mha", mlp="dense"),
+    "sliding gqa": dict(attention="gqa", layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_train_decode_and_come_back(name, tmp_path):
+    """Forward, backward, a cache equal to the full forward, and a config.json that is not taken for a ZAYA1."""
+    model, tokens = random_model(**TWINS[name]), random_tokens(2, 13)
+    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    assert all(p.grad.norm() > 0 for p in model.parameters())
+    full, _ = model(tokens)
+    for lengths in [[5, 8], [1, 3, 2, 7], [1] * 13]:
+        cache = model.new_cache(2, 13)
+        pieces = [model(piece, cache=cache)[0] for piece in tokens.split(lengths, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanozaya"
+    again = Zaya.from_pretrained(tmp_path)
+    assert again.config == model.config and again(tokens)[0].equal(full)
+
+
+def test_conventional_twin_has_a_key_head_for_every_query_head():
+    c = replace(SMALL, attention="mha")
+    assert c.num_attention_heads == c.num_key_value_heads == 4 and not Zaya(replace(c, mlp="dense")).routers
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), replace(SMALL, rope_theta=7.0, sliding_rope_theta=9.0, partial_rotary_factor=1.0)])
+def test_config_comes_back_from_json(config):
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert values["model_type"] == "zaya" and config_from_json(values) == config
+
+
+BAD = [
+    {"vocab_size": 0},
+    {"hidden_size": -1},
+    {"num_experts": 0},
+    {"num_key_value_heads": 0},
+    {"num_attention_heads": 3},
+    {"head_dim": 6},
+    {"head_dim": 0, "attention": "mha"},
+    {"partial_rotary_factor": 0.0},
+    {"partial_rotary_factor": 1.5},
+    {"partial_rotary_factor": 0.4},
+    {"rope_theta": 0.0},
+    {"rms_norm_eps": -1e-5},
+    {"initializer_range": 0.0},
+    {"layer_types": ["hybrid"]},
+    {"layer_types": ["hybrid", "mamba", "hybrid"]},
+    {"layer_types": ["hybrid_sliding"] * 3},
+    {"layer_types": ["hybrid_sliding"] * 3, "sliding_window": 0},
+    {"attention": "mla"},
+    {"mlp": "relu"},
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_impossible_configurations_say_so_in_one_line(bad):
+    with pytest.raises(ValueError) as error:
+        ZayaConfig(**asdict(SMALL) | bad)
+    assert str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"model_type": "llama"},
+        {"num_experts_per_tok": 2},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
+    ],
+    ids=str,
+)
+def test_models_that_we_cannot_compute_are_refused(foreign):
+    with pytest.raises(ValueError):
+        config_from_json(config_to_json(SMALL) | foreign)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_safetensors_are_everyones(tmp_path):
+    """The `safetensors` package reads our file and we read its, in every dtype and shape."""
+    package = pytest.importorskip("safetensors.torch")
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool]
+    tensors = {f"{dtype}": torch.randn(3, 5).mul(9).to(dtype) for dtype in dtypes}
+    tensors |= {"nothing": torch.empty(0, 4), "a number": torch.tensor(1.5), "transposed": torch.randn(4, 3).T}
+    save_safetensors(tmp_path / "ours", tensors)
+    package.save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", metadata={"note": "hello"})
+    for read in (package.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs"), load_safetensors(tmp_path / "ours")):
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and read[name].equal(tensor), name
+
+
+def test_checkpoint_comes_back_exactly(tmp_path):
+    model, tokens = random_model(), random_tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    again = Zaya.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    assert again(tokens)[0].equal(model(tokens)[0])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory with a model of one layer, and the tensors in its file."""
+    random_model(num_hidden_layers=1, layer_types=None).save_pretrained(tmp_path)
+    return tmp_path, {name: t.clone() for name, t in load_safetensors(tmp_path / "model.safetensors").items()}
+
+
+def refused(path):
+    """The one line with which from_pretrained refuses a directory."""
+    with pytest.raises(ValueError) as error:
+        Zaya.from_pretrained(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("left", [0, 5, 8, 100, -4, -1])
+def test_truncated_file(checkpoint, left):
+    path, _ = checkpoint
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    assert "model.safetensors" in refused(path)
+
+
+def test_file_with_bytes_too_many(checkpoint):
+    path, _ = checkpoint
+    with open(path / "model.safetensors", "ab") as file:
+        file.write(b"\0")
+    assert "model.safetensors" in refused(path)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x10, 0xFF])
+def test_damaged_header(checkpoint, flip):
+    """Whatever byte is flipped: the file or a tensor is named, or nothing that matters was hit."""
+    path, tensors = checkpoint
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    silent = 0
+    for at in range(0, header, 5):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+        try:
+            model = Zaya.from_pretrained(path)
+        except ValueError as error:
+            message = str(error)
+            assert "\n" not in message and ("model.safetensors" in message or "model." in message), (at, message)
+        else:
+            silent += 1
+            assert all(t.equal(tensors[name]) for name, t in zaya.official_names(model.state_dict()).items()), at
+    assert silent < header / 5 / 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, name: tensors.pop(name),
+        lambda tensors, name: tensors.update({name + "_new": tensors[name]}),
+        lambda tensors, name: tensors.update({name: tensors[name][:-1]}),
+        lambda tensors, name: tensors.update({name: tensors[name].mT}),
+        lambda tensors, name: tensors[name][1, 1].fill_(float("nan")),
+        lambda tensors, name: tensors[name][1, 1].fill_(float("-inf")),
+    ],
+    ids=["missing", "surplus", "a row short", "transposed", "NaN", "infinite"],
+)
+def test_wrong_tensor_is_named(checkpoint, damage):
+    path, tensors = checkpoint
+    name = "model.embed_tokens.weight"
+    damage(tensors, name)
+    save_safetensors(path / "model.safetensors", tensors)
+    assert name in refused(path)
+
+
+def test_missing_and_damaged_files_are_named(checkpoint):
+    path, _ = checkpoint
+    (path / "config.json").write_text("{")
+    assert "config.json" in refused(path)
+    (path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        Zaya.from_pretrained(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Zaya.from_pretrained(path / "nowhere")
+
+
+def test_newest_checkpoint_of_a_run_is_opened(tmp_path):
+    for step in (9, 100):
+        random_model(seed=step).save_pretrained(tmp_path / f"step-{step}")
+    assert zaya.find_checkpoint(tmp_path) == tmp_path / "step-100"
+    assert Zaya.from_pretrained(tmp_path).norm.weight.equal(random_model(seed=100).norm.weight)
