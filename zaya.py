@@ -539,6 +539,8 @@ class Zaya(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., D) -> (..., V) in fp32."""
+        if torch.is_grad_enabled():
+            return linear(hidden.float(), self.head.float())
         return matmul_fp32(hidden.flatten(0, -2), self.head.t()).unflatten(0, hidden.shape[:-1])
 
     def forward(self, tokens, targets=None, cache=None):
