@@ -421,7 +421,7 @@ def save_checkpoint(out, step, optimizer, tokenizer, record, keep):
         optimizer.model.save_pretrained(new, optimizer.masters())
         tokenizer.save(new)
         save_safetensors(new / "trainer.safetensors", optimizer.state())
-        (new / "trainer.json").write_text(json.dumps({"step": step, **record}, indent=2) + "\n")
+        (new / "trainer.json").write_text(json.dumps({**record, "step": step}, indent=2) + "\n")
         replace_folder(new, final)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)

@@ -113,7 +113,7 @@ def test_tokens_differ_in_their_expert(models, request):
     assert counts.sum(dim=1).tolist() == [BATCH * TIME] * 3
     if ours.config.num_experts > 1:
         assert ((counts > 0).sum(dim=1) >= 2).all()
-    skip = any(name in request.node.name for name in ("skip wins", "one expert"))
+    skip = "skip wins" in request.node.name
     assert ((counts[:, -1] > 0) == skip).all()
 
 
@@ -139,7 +139,7 @@ def test_loss_and_every_gradient(models, time):
     our_parameters, their_parameters = official_names(dict(ours.named_parameters())), dict(theirs.named_parameters())
     assert our_parameters.keys() == their_parameters.keys()
     largest = max(p.grad.norm() for p in their_parameters.values())
-    floor = (1e-6 if time == 1 else 1e-7) * largest
+    floor = 1e-6 * largest  # rounding: eps is 1.2e-7, and sums run over every token
     for name, parameter in our_parameters.items():
         difference, norm = (parameter.grad - their_parameters[name].grad).norm(), their_parameters[name].grad.norm()
         if time == TIME:
