@@ -603,6 +603,7 @@ def main():
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
+    flags = asdict(config)  # to keep: another number of ranks may want another micro-batch
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 8)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
@@ -634,7 +635,7 @@ def main():
         for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with write_aside(out / "args.json") as file:
-            file.write(json.dumps(asdict(config) | own | {"resume": False}, indent=2).encode() + b"\n")
+            file.write(json.dumps(flags | own | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}, indent=2).encode() + b"\n")
         kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
         with write_aside(out / "log.jsonl") as file:
             file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)

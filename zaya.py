@@ -76,10 +76,10 @@ class ZayaConfig:
     mlp: str = "moe"  # "moe", or "dense": one SwiGLU of width F and no router, to compare with
 
     def __post_init__(self):
-        if self.attention == "mha":  # the conventional twin: no compression, a key head for every query head
-            self.num_attention_heads = self.num_key_value_heads = self.hidden_size // self.head_dim
         if self.layer_types is None:
             self.layer_types = ["hybrid"] * self.num_hidden_layers
+        if self.attention == "mha" and self.head_dim:  # the conventional twin: no compression, a key head a query head
+            self.num_attention_heads = self.num_key_value_heads = self.hidden_size // self.head_dim
         for name in [f.name for f in fields(self) if f.type is int]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -694,7 +694,7 @@ def sample(logits, temperature, top_k, top_p):
     """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -901,6 +901,8 @@ def config_from_json(values):
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
         known |= {"partial_rotary_factor": rope["partial_rotary_factor"]} if "partial_rotary_factor" in rope else {}
     return ZayaConfig(**known)
@@ -959,18 +961,23 @@ def load_safetensors(path):
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            entries = {name: (DTYPES[e["dtype"]], list(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            end = 8 + length + max((stop for *_, stop in entries.values()), default=0)
+            for dtype, shape, start, stop in entries.values():
+                if start < 0 or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
+                    raise ValueError("a tensor's shape and place disagree")
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
             raise ValueError(f"{path} is damaged: its header is no safetensors header") from None
         if size != end:
             raise ValueError(f"{path} is damaged: it has {size} bytes, its header speaks of {end}")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
-        raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + length + start) if stop > start else torch.empty(0, dtype=torch.uint8)
-        tensors[name] = raw.view(dtype).view(entry["shape"])
+    for name, (dtype, shape, start, stop) in entries.items():
+        if stop > start:
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + length + start)
+            tensors[name] = raw.view(dtype).view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
     return tensors
 
 

@@ -120,14 +120,14 @@ def test_balancing_is_adamw_on_the_share_less_an_even_one():
     model = tiny_model()
     optimizer = Optimizer(model, TrainConfig(balance_lr=0.01), torch.float32)
     plain = torch.zeros(2, 4, requires_grad=True)
-    reference = torch.optim.AdamW([plain], lr=0.01, betas=(0.9, 0.999), eps=optimizer.balance.eps, weight_decay=0)
+    reference = torch.optim.AdamW([plain], lr=0.01, betas=optimizer.balance.betas, eps=optimizer.balance.eps, weight_decay=0)
     for seed in range(4):
         loss_of(model, seed).backward()
         counts = torch.stack([router.counts for router in model.routers]).float()
         load = counts[:, :-1] / counts.sum(dim=1, keepdim=True)
         for router in model.routers:
             router.counts.zero_()
-        optimizer.step(1e-3, load)
+        optimizer.step(TrainConfig.lr, load)  # at its peak, and so the balancing's rate
         plain.grad = load - 1 / 4
         reference.step()
         biases = torch.stack([router.balancing_biases for router in model.routers])
