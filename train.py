@@ -477,7 +477,7 @@ def plot(out):
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axis.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training (mean of {width} steps)")
-    seen = [e for e in log if "val_loss" in e]
+    seen = [e for e in log if e.get("val_loss") is not None]
     if seen:
         label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
         axis.plot([e["step"] for e in seen], [e["val_loss"] for e in seen], "o-", markersize=4, color="tab:orange", label=label)
@@ -698,19 +698,21 @@ def main():
                 entry["load"] = counts[:, :-1].tolist()
         better = False
         if step % config.eval_every == 0 or step == config.steps:
-            entry["val_loss"], entropy = evaluate(compiled, val, config, ranks, routers)
-            entry["val_bpb"] = entry["val_loss"] / math.log(2) / meta["bytes_per_token"]
+            val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
+            entry |= {"val_loss": finite(val_loss), "val_bpb": finite(val_loss / math.log(2) / meta["bytes_per_token"])}
             if entropy is not None:
                 entry["val_load_entropy"] = entropy
-            better = record["best"] is None or entry["val_loss"] < record["best"]
-            record["best"] = entry["val_loss"] if better else record["best"]
+            better = val_loss < (math.inf if record["best"] is None else record["best"])
+            record["best"] = val_loss if better else record["best"]
         if ranks.first:
             log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
             last = f"{out}/step-{saved_step:07d} is the last good checkpoint" if saved_step is not None else "no checkpoint yet"
+            bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
-        if ranks.first and (better or stopping or step == config.steps or step % config.save_every == 0):
+        due = better or step == config.steps or step % config.save_every == 0
+        if ranks.first and (stopping or due and not bad_in_a_row):  # what just went wrong is not worth keeping
             path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep)
             saved_step = step
             if better:
@@ -738,7 +740,7 @@ def report(bar, entry):
     if "load_entropy" in entry:
         shown["load entropy"] = f"{entry['load_entropy']:.3f}"
     bar.set_postfix(shown, refresh=False)
-    if "val_loss" in entry:
+    if entry.get("val_loss") is not None:
         entropy = f", load entropy {entry['val_load_entropy']:.3f}" if "val_load_entropy" in entry else ""
         bar.write(f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, {entry['val_bpb']:.4f} bits a byte{entropy}")
 

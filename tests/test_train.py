@@ -154,10 +154,10 @@ def test_balancing_evens_out_a_forced_imbalance():
 
     assert load()[:, 0].eq(1).all() and load_entropy(load()) == 0
     entropies = []
-    for step in range(150):
+    for step in range(300):
         share = load()
         entropies.append(load_entropy(share))
-        optimizer.balance.step(0.05 * (1 - step / 150), list(share - 1 / 4))
+        optimizer.balance.step(0.02 * (1 - step / 300), list(share - 1 / 4))
     assert np.mean(entropies[-20:]) > 0.9
 
 
