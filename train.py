@@ -44,7 +44,7 @@ class TrainConfig:
     preset: str = "nano"  # nano, mini, small, medium or zaya1-8b; flags below change single fields of it
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
     out: str = "out"  # run directory: checkpoints, log, pictures
-    steps: int = 400  # optimizer steps
+    steps: int = 300  # optimizer steps
     batch_size: int = 32  # sequences a step, over all ranks and micro-batches
     micro_batch_size: int | None = None  # sequences a rank and forward pass, the rest is accumulated; None: up to 8
     block_size: int | None = None  # tokens a sequence; None: the preset's context

@@ -47,7 +47,7 @@ def test_no_prompt_is_a_text_from_its_beginning(write):
 
 
 def test_a_run_directory_means_its_newest_checkpoint(finished, call):
-    args = ("--device", "cpu", "--max_new_tokens", 20, "--temperature", 0, "--prompt", "3")
+    args = ("--device", "cpu", "--max_new_tokens", 20, "--temperature", 1, "--prompt", "3")
     newest, of_run, first = (call(sample, "--checkpoint", path, *args).stdout for path in (
         finished.out / "step-0000006", finished.out, finished.out / "step-0000002"))  # fmt: skip
     assert newest == of_run != first
