@@ -655,7 +655,7 @@ def main():
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saved_step = step if checkpoint else None
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    while step < config.steps and not asked_to_stop:
+    while step < config.steps:
         started = time.perf_counter()
         lr = learning_rate(step, config)
 

@@ -113,6 +113,8 @@ def test_tokens_differ_in_their_expert(models, request):
     assert counts.sum(dim=1).tolist() == [BATCH * TIME] * 3
     if ours.config.num_experts > 1:
         assert ((counts > 0).sum(dim=1) >= 2).all()
+    if ours.config.num_experts == 1:
+        return  # skip wins here or there, as it happens
     skip = "skip wins" in request.node.name
     assert ((counts[:, -1] > 0) == skip).all()
 
