@@ -711,8 +711,8 @@ def main():
             last = f"{out}/step-{saved_step:07d} is the last good checkpoint" if saved_step is not None else "no checkpoint yet"
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
-        due = better or step == config.steps or step % config.save_every == 0
-        if ranks.first and (stopping or due and not bad_in_a_row):  # what just went wrong is not worth keeping
+        due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
+        if ranks.first and (due or stopping or step == config.steps):
             path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep)
             saved_step = step
             if better:
