@@ -167,9 +167,10 @@ def test_gradcheck():
     order = torch.randperm(7)
     checks = {
         "Normalize": (lambda x, w: zaya.Normalize.apply(x, w, 1e-3), (double(2, 3, 5), double(5))),
-        "SwiGLU": (zaya.SwiGLU.apply, (double(4, 6),)),
         "Permute": (lambda x: zaya.Permute.apply(x, order, order.argsort()), (double(7, 3),)),
-        "CPUProducts": (lambda x, w: zaya.CPUProducts.apply(x, w, [2, 0, 4, 1]), (double(7, 3), double(4, 2, 3))),
+        "ExpertsOnCPU": (lambda *args: zaya.ExpertsOnCPU.apply(*args, order, torch.tensor([2, 2, 6, 7])),
+                         (double(7, 3), double(7), double(4, 4, 3), double(4, 3, 2))),
+        "LinearByOneDNN": (zaya.LinearByOneDNN.apply, (double(7, 3), double(2, 3))),
     }
     for name, (function, inputs) in checks.items():
         assert torch.autograd.gradcheck(function, inputs), name
@@ -186,23 +187,28 @@ def assert_same_gradients(function, formula, *inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
 @pytest.mark.parametrize("rows", [[7, 0, 20, 1], [28], [0, 0, 28], [0, 0]])
-def test_products_in_float32(rows):
-    """oneDNN's, and with experts that have no token."""
+def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
+    """By either library, with experts that have no token: as the experts of a GPU, permuted, weighed and put back."""
+    monkeypatch.setattr(zaya, "mkl_is_slow", lambda: mkl_is_slow)
     torch.manual_seed(0)
+    N, E = sum(rows), len(rows)
+    order, offsets = torch.randperm(N), torch.tensor(rows).cumsum(0)
 
-    def formula(x, weight):
-        return torch.cat([x_e @ w.T for x_e, w in zip(x.split(rows), weight)])
+    def formula(x, p, gate_up, down):
+        gate, up = zaya.grouped_linear(x[order], gate_up, offsets).chunk(2, dim=-1)
+        return (zaya.grouped_linear(F.silu(gate) * up, down, offsets))[order.argsort()] * p[:, None]
 
-    x, weight = torch.randn(sum(rows), 9), torch.randn(len(rows), 5, 9)
-    assert_same_gradients(lambda x, w: zaya.CPUProducts.apply(x, w, rows), formula, x, weight)
+    inputs = torch.randn(N, 9), torch.rand(N), torch.randn(E, 10, 9), torch.randn(E, 9, 5)
+    assert_same_gradients(lambda *args: zaya.ExpertsOnCPU.apply(*args, order, offsets), formula, *inputs)
 
 
-def test_norm_and_swiglu_in_float32():
+def test_products_and_norm_in_float32():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 16), torch.randn(16)
     assert_same_gradients(lambda x, w: zaya.Normalize.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (16,), w, 1e-5), x, weight)
-    assert_same_gradients(zaya.SwiGLU.apply, lambda x: F.silu(x[:, :8]) * x[:, 8:], torch.randn(5, 16))
+    assert_same_gradients(zaya.LinearByOneDNN.apply, F.linear, torch.randn(7, 16), torch.randn(9, 16))
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
