@@ -1,8 +1,8 @@
 """Write text with a checkpoint.
 
-    python sample.py --checkpoint out --prompt "import "
-    python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
-    echo "def f(" | python sample.py --checkpoint out --prompt -
+python sample.py --checkpoint out --prompt "import "
+python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
+echo "def f(" | python sample.py --checkpoint out --prompt -
 """
 
 import sys
@@ -89,7 +89,10 @@ def main():
     ids = ids or tokenizer.encode("\n")  # a text must begin with something
     context = model.config.max_position_embeddings
     if len(ids) > context:
-        print(f"sample.py: the prompt has {len(ids)} tokens; the model reads the last {context}, its context", file=sys.stderr)
+        print(
+            f"sample.py: the prompt has {len(ids)} tokens; the model reads the last {context}, its context",
+            file=sys.stderr,
+        )
     if max(ids) >= model.config.vocab_size:
         raise ValueError(f"the tokenizer gives the id {max(ids)}, the model knows {model.config.vocab_size}")
 

@@ -1,6 +1,6 @@
 """Train a ZAYA1: on a laptop, on one GPU, or on a node with torchrun.
 
-    python train.py                                            the nano preset on the embedded dataset: minutes, any machine
+    python train.py                                            nano on the embedded dataset: minutes, any machine
     python train.py --resume                                   go on after a stop or a crash
     torchrun --nproc_per_node=8 train.py --preset small ...    RCCL on AMD, NCCL on NVIDIA, gloo on CPU
 
@@ -29,8 +29,16 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
-    save_safetensors, stop_in_one_line,
+    PRESETS,
+    Zaya,
+    ZayaConfig,
+    choose_device,
+    find_checkpoint,
+    load_safetensors,
+    parse_flags,
+    read_json,
+    save_safetensors,
+    stop_in_one_line,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -44,17 +52,17 @@ class TrainConfig:
     preset: str = "nano"  # nano, mini, small, medium or zaya1-8b; flags below change single fields of it
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
     out: str = "out"  # run directory: checkpoints, log, pictures
-    steps: int = 300  # optimizer steps
-    batch_size: int = 32  # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int | None = None  # sequences a rank and forward pass, the rest is accumulated; None: up to 8
+    steps: int = 400  # optimizer steps
+    batch_size: int = 16  # sequences a step, over all ranks and micro-batches
+    micro_batch_size: int | None = None  # sequences a rank and forward pass, the rest is accumulated; None: up to 16
     block_size: int | None = None  # tokens a sequence; None: the preset's context
-    lr: float = 0.02  # peak learning rate, for Muon and AdamW alike
+    lr: float = 0.012  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
     warmup: int = 20  # steps from 0 to lr
     weight_decay: float = 0.05  # of the matrices, a step and unit of lr
     momentum: float = 0.95  # Muon's
     grad_clip: float = 1.0  # largest norm of the whole gradient
-    balance_lr: float = 0.01  # peak learning rate of the balancing biases
+    balance_lr: float = 0.02  # first learning rate of the balancing biases, which has no warm-up
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
@@ -128,7 +136,7 @@ class Ranks:
 
 
 def faster_dtype(device):
-    """bfloat16 on a GPU; on a CPU whichever multiplies faster: with native bf16 4 times fp32's rate, without it a tenth."""
+    """bfloat16 on a GPU; on a CPU whichever multiplies faster: native bf16 has 2 to 4 times fp32's rate."""
     if device.type != "cpu":
         return "bfloat16" if device.type == "cuda" else "float32"
 
@@ -145,7 +153,7 @@ def faster_dtype(device):
 
 
 def keep_freed_memory():
-    """Stop glibc from handing every freed tensor back to the kernel, only to fault its pages in again: a tenth of a step."""
+    """Stop glibc from handing freed tensors back to the kernel, only to fault their pages in again."""
     if sys.platform == "linux":
         libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
         if hasattr(libc, "mallopt"):
@@ -158,18 +166,20 @@ def keep_freed_memory():
 
 
 class Tokens:
-    """One of a data folder's two files, cut into blocks. Which block is where in which step follows from the seed alone,
-    so neither the number of ranks nor accumulation nor a resume changes what step s learns from."""
+    """One of a data folder's two files, cut into blocks. Which block is where in which step follows from the seed
+    alone, so neither the number of ranks nor accumulation nor a resume changes what step s learns from."""
 
     def __init__(self, folder, split, block_size, seed, meta):
         path = folder / f"{split}.bin"
         if meta.get("dtype") not in ("uint16", "uint32"):
-            raise ValueError(f'{folder / "meta.json"}: dtype must be uint16 or uint32, not {meta.get("dtype")!r}')
+            raise ValueError(f"{folder / 'meta.json'}: dtype must be uint16 or uint32, not {meta.get('dtype')!r}")
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
         if path.stat().st_size % dtype.itemsize:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}")
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}"
+            )
         count = path.stat().st_size // dtype.itemsize
         if count < block_size + 1:
             raise ValueError(f"{path} has {count} tokens, a block of {block_size} and the token after it need more")
@@ -208,7 +218,7 @@ class Tokens:
 
 
 def open_data(name, ranks):
-    """The data folder of a name or path, and its meta.json. A dataset under data/ is prepared here when it is not there."""
+    """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
     folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name)
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
@@ -256,7 +266,9 @@ class Muon:
     def __init__(self, parameters, dtype, momentum, weight_decay):
         self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
         # The fp32 weights: the parameters themselves, or what remains of them when the model is cast to bf16.
-        self.master = {name: p.detach() if dtype == torch.float32 else p.detach().clone() for name, p in parameters.items()}
+        self.master = {
+            name: p.detach() if dtype == torch.float32 else p.detach().clone() for name, p in parameters.items()
+        }
         self.buffer = {name: torch.zeros_like(master) for name, master in self.master.items()}
 
     @staticmethod
@@ -340,16 +352,18 @@ class Optimizer:
         # [R] eq. 5: what would be the gradient of a bias is its expert's share of the tokens less 1 / E. AdamW turns
         # that into a PID-like loop. The skip entry, the last, is left alone.
         self.biases = [router.balancing_biases[:-1] for router in model.routers]
-        # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long after the first
-        # collapse; these, at a rate that falls with lr, gave the better balance and the better loss (see README).
+        # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long; these, at a rate that
+        # falls with lr, do not. Without warm-up, for it is needed from the first step: after 60 steps of nano the load
+        # entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
         self.balance = AdamW(self.biases, betas=(0.5, 0.9), prefix="balance") if self.biases else None
 
-    def step(self, lr, load):
+    def step(self, step, load):
         """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
+        lr, falling = learning_rate(step, self.config), learning_rate(max(step, self.config.warmup), self.config)
         self.muon.step(lr)
         self.adamw.step(lr)
         if self.balance:
-            self.balance.step(self.config.balance_lr * lr / self.config.lr, list(load - 1 / load.shape[1]))
+            self.balance.step(self.config.balance_lr * falling / self.config.lr, list(load - 1 / load.shape[1]))
 
     def masters(self):
         """The model's state dict with fp32 masters in the place of bf16 weights."""
@@ -413,7 +427,7 @@ def replace_folder(new, final):
 
 
 def save_checkpoint(out, step, optimizer, tokenizer, record, keep):
-    """Write out/step-NNNNNNN; forget all but the newest `keep`. Raises OSError, and leaves the older ones, if it cannot."""
+    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay."""
     final = out / f"step-{step:07d}"
     new = out / f".{final.name}.partial"
     shutil.rmtree(new, ignore_errors=True)
@@ -480,9 +494,21 @@ def plot(out):
     seen = [e for e in log if e.get("val_loss") is not None]
     if seen:
         label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
-        axis.plot([e["step"] for e in seen], [e["val_loss"] for e in seen], "o-", markersize=4, color="tab:orange", label=label)
+        axis.plot(
+            [e["step"] for e in seen],
+            [e["val_loss"] for e in seen],
+            "o-",
+            markersize=4,
+            color="tab:orange",
+            label=label,
+        )
     top = np.nanpercentile(losses, 99) if np.isfinite(losses).any() else 1
-    axis.set(xlabel="step", ylabel="loss (nats a token)", title=f"{out.resolve().name}: loss", ylim=(0.95 * np.nanmin(losses), 1.05 * top))
+    axis.set(
+        xlabel="step",
+        ylabel="loss (nats a token)",
+        title=f"{out.resolve().name}: loss",
+        ylim=(0.95 * np.nanmin(losses), 1.05 * top),
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(out / "loss.png", dpi=110)
@@ -494,7 +520,9 @@ def plot(out):
     share = np.array([e["load"] for e in loads], dtype=float)  # (time, L, E)
     share = share / share.sum(axis=2, keepdims=True) * share.shape[2]
     layers = sorted(set(np.linspace(0, share.shape[1] - 1, 8).astype(int)))  # at most 8 panels
-    figure, axes = plt.subplots(len(layers), 1, figsize=(8, 1 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(layers), 1, figsize=(8, 1 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False
+    )
     for axis, layer in zip(axes[:, 0], layers):
         image = axis.imshow(
             share[:, layer].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest",
@@ -550,7 +578,9 @@ def resolve_flags(given):
         return given, False
     saved = read_json(out / "args.json")
     shape = {f.name for f in fields(ZayaConfig)} | {"preset", "data", "init_from"}
-    if changed := [name for name in given if name in shape and given[name] != saved.get(name, getattr(TrainConfig, name, None))]:
+    if changed := [
+        name for name in given if name in shape and given[name] != saved.get(name, getattr(TrainConfig, name, None))
+    ]:
         raise ValueError(f"--resume cannot change --{changed[0]}: that would be another model; start a run of its own")
     return saved | given, True
 
@@ -566,7 +596,9 @@ def new_model(config, given, meta, eot):
     if fixed := sorted(changes.keys() - free):
         raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
     if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(f"--data has {meta['vocab_size']} token ids, {config.init_from} knows {model.config.vocab_size}")
+        raise ValueError(
+            f"--data has {meta['vocab_size']} token ids, {config.init_from} knows {model.config.vocab_size}"
+        )
     if config.block_size:
         changes.setdefault("max_position_embeddings", config.block_size)
     model.config = replace(model.config, **changes)
@@ -576,7 +608,9 @@ def new_model(config, given, meta, eot):
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
     given, resuming = resolve_flags(given)
-    config = TrainConfig(**{name: value for name, value in given.items() if name in {f.name for f in fields(TrainConfig)}})
+    config = TrainConfig(
+        **{name: value for name, value in given.items() if name in {f.name for f in fields(TrainConfig)}}
+    )
     keep_freed_memory()
     ranks = Ranks(config.device)
     out, device = Path(config.out), ranks.device
@@ -596,7 +630,9 @@ def main():
         model = Zaya.from_pretrained(checkpoint, dtype=torch.float32)
         record = read_json(checkpoint / "trainer.json")
         if model.config.vocab_size < meta["vocab_size"]:
-            raise ValueError(f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {model.config.vocab_size}")
+            raise ValueError(
+                f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {model.config.vocab_size}"
+            )
     else:
         model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
     config.block_size = config.block_size or model.config.max_position_embeddings
@@ -604,7 +640,7 @@ def main():
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
     flags = asdict(config)  # to keep: another number of ranks may want another micro-batch
-    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 8)
+    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 16)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
     train = Tokens(folder, "train", config.block_size, config.seed, meta)
@@ -624,7 +660,8 @@ def main():
 
     if config.eval_only:
         val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
-        line = f"validation loss {val_loss:.4f} nats a token, {val_loss / math.log(2) / meta['bytes_per_token']:.4f} bits a byte"
+        bits = val_loss / math.log(2) / meta["bytes_per_token"]
+        line = f"validation loss {val_loss:.4f} nats a token, {bits:.4f} bits a byte"
         ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
         return
 
@@ -635,7 +672,12 @@ def main():
         for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with write_aside(out / "args.json") as file:
-            file.write(json.dumps(flags | own | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}, indent=2).encode() + b"\n")
+            file.write(
+                json.dumps(
+                    flags | own | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}, indent=2
+                ).encode()
+                + b"\n"
+            )
         kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
         with write_aside(out / "log.jsonl") as file:
             file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
@@ -674,12 +716,14 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
-        agreed = ranks.sum(torch.stack([loss_sum / ranks.world, torch.tensor(float(bool(asked_to_stop)), device=device)]))
+        agreed = ranks.sum(
+            torch.stack([loss_sum / ranks.world, torch.tensor(float(bool(asked_to_stop)), device=device)])
+        )
         loss, norm, stopping = agreed[0].item(), grad_norm.item(), agreed[1].item() > 0
         counts = collect_counts(routers, ranks)
         if math.isfinite(loss) and math.isfinite(norm):
             load = None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True)
-            optimizer.step(lr, load)
+            optimizer.step(step, load)
             bad_in_a_row = 0
         else:  # skip the update; one bad batch must not spoil the weights
             record["skipped"] += 1
@@ -708,7 +752,11 @@ def main():
             log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
-            last = f"{out}/step-{saved_step:07d} is the last good checkpoint" if saved_step is not None else "no checkpoint yet"
+            last = (
+                f"{out}/step-{saved_step:07d} is the last good checkpoint"
+                if saved_step is not None
+                else "no checkpoint yet"
+            )
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
@@ -736,13 +784,19 @@ def finite(number):
 def report(bar, entry):
     """Move the progress bar on; a line of its own for an evaluation."""
     bar.update()
-    shown = {"loss": f"{entry['loss']:.3f}" if entry["loss"] is not None else "skipped", "tok/s": f"{entry['tokens_per_s']:,.0f}"}
+    shown = {
+        "loss": f"{entry['loss']:.3f}" if entry["loss"] is not None else "skipped",
+        "tok/s": f"{entry['tokens_per_s']:,.0f}",
+    }
     if "load_entropy" in entry:
         shown["load entropy"] = f"{entry['load_entropy']:.3f}"
     bar.set_postfix(shown, refresh=False)
     if entry.get("val_loss") is not None:
         entropy = f", load entropy {entry['val_load_entropy']:.3f}" if "val_load_entropy" in entry else ""
-        bar.write(f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, {entry['val_bpb']:.4f} bits a byte{entropy}")
+        bar.write(
+            f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, "
+            f"{entry['val_bpb']:.4f} bits a byte{entropy}"
+        )
 
 
 def farewell(model, tokenizer, config, step):
@@ -755,7 +809,10 @@ def farewell(model, tokenizer, config, step):
     torch.manual_seed(config.seed)
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    print(f'loss and experts: {config.out}/loss.png, {config.out}/experts.png; more text: python sample.py --checkpoint {config.out} --prompt "import "')
+    print(
+        f"loss and experts: {config.out}/loss.png, {config.out}/experts.png; more text: "
+        f'python sample.py --checkpoint {config.out} --prompt "import "'
+    )
 
 
 if __name__ == "__main__":

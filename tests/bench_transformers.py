@@ -67,7 +67,10 @@ def main():
     times = [(seconds(our_step), seconds(their_step)) for _ in range(rounds)]
     our_ms, their_ms = (1e3 * statistics.median(column) for column in zip(*times))
     ratio = statistics.median(b / a for a, b in times)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BATCH} x {TIME} tokens, losses differ by {difference:.1e}")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {BATCH} x {TIME} tokens, "
+        f"losses differ by {difference:.1e}"
+    )
     print(f"transformers {their_ms:8.1f} ms a step\nzaya.py      {our_ms:8.1f} ms a step\nratio        {ratio:8.2f}")
 
 

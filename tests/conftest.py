@@ -25,12 +25,18 @@ SHAPE = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     moe_intermediate_size=16, num_experts=4, router_hidden_size=8, block_size=16,
 )  # fmt: skip
-RUN = dict(batch_size=4, steps=6, warmup=2, eval_every=3, eval_batches=2, save_every=2, lr=0.01, device="cpu", dtype="float32")
+RUN = dict(
+    batch_size=4, steps=6, warmup=2, eval_every=3, eval_batches=2, save_every=2, lr=0.01, device="cpu", dtype="float32"
+)
 
 
 def flags(**values):
     """--name value ... of a dictionary; True is the bare flag."""
-    return [word for name, value in values.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return [
+        word
+        for name, value in values.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 def command(script, *args, input=None, ranks=None, **options):
@@ -46,6 +52,7 @@ def command(script, *args, input=None, ranks=None, **options):
 
 def log_of(out):
     """The objects of a run's log. Strict: the words NaN and Infinity are no JSON."""
+
     def refuse(word):
         raise ValueError(f"{word} in {out}/log.jsonl")
 

@@ -64,6 +64,7 @@ def tokens(folder, name):
 
 # ---------------------------------------------------------------- tokenizers
 
+
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "chars", "gpt2"])
 def test_saved_tokenizer_is_the_same_everywhere(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -154,6 +155,7 @@ def test_reordered_merges_are_not_taken_for_ours(tmp_path):
 
 # ---------------------------------------------------------------- training
 
+
 def naive_bpe(texts, vocab_size):
     """The definition: count all pairs, merge the most frequent one, again."""
     words = Counter(tuple(chunk.encode()) for text in texts for chunk in re.findall(bpe.SPLIT, text))
@@ -192,6 +194,7 @@ def test_split_loses_nothing():
 
 
 # ---------------------------------------------------------------- datasets
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -327,6 +330,7 @@ PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
 @pytest.fixture
 def server(monkeypatch):
     """A server on 127.0.0.1 that gives the answers of server.answers in turn, the last again and again."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             status, body, announced = answers[min(httpd.asked, len(answers) - 1)]

@@ -80,7 +80,9 @@ def test_output_is_the_chosen_experts_times_its_probability(moe, x):
     assert len(choice.unique()) >= 3
     experts = moe.experts
     rows = zip(x.flatten(0, 1), choice, s)
-    expected = torch.stack([s_n[e] * swiglu(x_n, experts.gate_up_proj[e], experts.down_proj[e]) for x_n, e, s_n in rows])
+    expected = torch.stack(
+        [s_n[e] * swiglu(x_n, experts.gate_up_proj[e], experts.down_proj[e]) for x_n, e, s_n in rows]
+    )
     torch.testing.assert_close(moe(x, STATE)[0].flatten(0, 1), expected)
 
 
@@ -168,8 +170,10 @@ def test_gradcheck():
     checks = {
         "Normalize": (lambda x, w: zaya.Normalize.apply(x, w, 1e-3), (double(2, 3, 5), double(5))),
         "Permute": (lambda x: zaya.Permute.apply(x, order, order.argsort()), (double(7, 3),)),
-        "ExpertsOnCPU": (lambda *args: zaya.ExpertsOnCPU.apply(*args, order, torch.tensor([2, 2, 6, 7])),
-                         (double(7, 3), double(7), double(4, 4, 3), double(4, 3, 2))),
+        "ExpertsOnCPU": (
+            lambda *args: zaya.ExpertsOnCPU.apply(*args, order, torch.tensor([2, 2, 6, 7])),
+            (double(7, 3), double(7), double(4, 4, 3), double(4, 3, 2)),
+        ),
         "LinearByOneDNN": (zaya.LinearByOneDNN.apply, (double(7, 3), double(2, 3))),
     }
     for name, (function, inputs) in checks.items():
@@ -207,7 +211,9 @@ def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
 def test_products_and_norm_in_float32():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 16), torch.randn(16)
-    assert_same_gradients(lambda x, w: zaya.Normalize.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (16,), w, 1e-5), x, weight)
+    assert_same_gradients(
+        lambda x, w: zaya.Normalize.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (16,), w, 1e-5), x, weight
+    )
     assert_same_gradients(zaya.LinearByOneDNN.apply, F.linear, torch.randn(7, 16), torch.randn(9, 16))
 
 
@@ -236,7 +242,9 @@ def test_attention_is_its_formula(T, S, window, dtype):
         return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1), v).flatten(2)
 
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(zaya.attend(q, k, v, window).float(), formula(q.float(), k.float(), v.float()), **tolerance)
+    torch.testing.assert_close(
+        zaya.attend(q, k, v, window).float(), formula(q.float(), k.float(), v.float()), **tolerance
+    )
 
 
 @pytest.mark.parametrize("twin", [{}, {"mlp": "dense"}, {"attention": "gqa"}, {"tie_word_embeddings": False}])
@@ -260,7 +268,8 @@ def test_every_parameter_learns_from_the_first_step(twin):
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_is_cross_entropy(rows, tied, monkeypatch):
     """In chunks as small as can be, in equal and unequal ones, at once: value, and the gradient of every parameter."""
-    monkeypatch.setattr(zaya, "LOGITS_AT_ONCE", rows * SMALL.vocab_size)
+    monkeypatch.setattr(zaya, "LOGITS_AT_ONCE", {False: rows * SMALL.vocab_size})
+    monkeypatch.setattr(zaya, "FEWEST_ROWS", 1)
     model, tokens = random_model(tie_word_embeddings=tied), random_tokens(10, 22)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     parameters = list(model.parameters())
@@ -287,7 +296,9 @@ def test_loss_holds_no_table_of_logits():
         zaya.LinearCrossEntropy.apply(hidden, weight, torch.arange(1024), True).backward()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    kilobytes = int(subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True).stdout)
+    kilobytes = int(
+        subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True).stdout
+    )
     assert kilobytes * 1024 < 1e9
 
 
@@ -312,7 +323,15 @@ def test_presets_keep_the_official_proportions(name):
 def test_bf16_spares_what_is_small_and_sensitive():
     """Norms, scales, temperatures and balancing biases stay fp32; all that takes part in a product is bf16."""
     model = random_model().cast(torch.bfloat16)
-    fp32 = ("norm.weight", "_scale", "_hidden_states_bias", "residual_bias", ".hidden_states_bias", "temp", "balancing_biases")
+    fp32 = (
+        "norm.weight",
+        "_scale",
+        "_hidden_states_bias",
+        "residual_bias",
+        ".hidden_states_bias",
+        "temp",
+        "balancing_biases",
+    )
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.float32 if name.endswith(fp32) else torch.bfloat16), name
     logits, _ = model(random_tokens(2, 9))
@@ -337,7 +356,9 @@ def argmax_loop(model, tokens, new):
     return tokens
 
 
-@pytest.mark.parametrize("prompt, new, context", [(5, 30, 64), (5, 11, 16), (5, 12, 16), (5, 50, 16), (40, 30, 16), (3, 5, 1)])
+@pytest.mark.parametrize(
+    "prompt, new, context", [(5, 30, 64), (5, 11, 16), (5, 12, 16), (5, 50, 16), (40, 30, 16), (3, 5, 1)]
+)
 def test_greedy_is_an_argmax_loop(prompt, new, context):
     """Also if the prompt is longer than the context (40 of 16 tokens) or the text runs past it, once or often."""
     model, tokens = random_model(max_position_embeddings=context), random_tokens(3, prompt)
@@ -442,7 +463,9 @@ def test_conventional_twin_has_a_key_head_for_every_query_head():
     assert c.num_attention_heads == c.num_key_value_heads == 4 and not Zaya(replace(c, mlp="dense")).routers
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), replace(SMALL, rope_theta=7.0, sliding_rope_theta=9.0, partial_rotary_factor=1.0)])
+@pytest.mark.parametrize(
+    "config", [*PRESETS.values(), replace(SMALL, rope_theta=7.0, sliding_rope_theta=9.0, partial_rotary_factor=1.0)]
+)
 def test_config_comes_back_from_json(config):
     values = json.loads(json.dumps(config_to_json(config)))
     assert values["model_type"] == "zaya" and config_from_json(values) == config
@@ -501,12 +524,27 @@ def test_models_that_we_cannot_compute_are_refused(foreign):
 def test_safetensors_are_everyones(tmp_path):
     """The `safetensors` package reads our file and we read its, in every dtype and shape."""
     package = pytest.importorskip("safetensors.torch")
-    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool]
+    dtypes = [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
     tensors = {f"{dtype}": torch.randn(3, 5).mul(9).to(dtype) for dtype in dtypes}
     tensors |= {"nothing": torch.empty(0, 4), "a number": torch.tensor(1.5), "transposed": torch.randn(4, 3).T}
     save_safetensors(tmp_path / "ours", tensors)
-    package.save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", metadata={"note": "hello"})
-    for read in (package.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs"), load_safetensors(tmp_path / "ours")):
+    package.save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", metadata={"note": "hello"}
+    )
+    for read in (
+        package.load_file(tmp_path / "ours"),
+        load_safetensors(tmp_path / "theirs"),
+        load_safetensors(tmp_path / "ours"),
+    ):
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype and read[name].equal(tensor), name

@@ -33,7 +33,9 @@ CONFIGS = {
     "sliding, kernels 3, 4": dict(layer_types=["hybrid_sliding"] * 3, sliding_window=3, cca_time0=3, cca_time1=4),
     "untied head": dict(tie_word_embeddings=False),
     "whole head rotated": dict(partial_rotary_factor=1.0, rope_theta=500.0, rms_norm_eps=1e-3),
-    "odd widths": dict(hidden_size=45, moe_intermediate_size=23, router_hidden_size=13, head_dim=12, vocab_size=101, num_experts=3),
+    "odd widths": dict(
+        hidden_size=45, moe_intermediate_size=23, router_hidden_size=13, head_dim=12, vocab_size=101, num_experts=3
+    ),
     "one expert": dict(num_experts=1),
     "skip wins": dict(num_experts=3),
 }
@@ -188,7 +190,9 @@ def test_greedy_text_is_theirs(models):
     tokens = random_tokens(ours, 6)
     text = ours.generate(tokens, 32, temperature=0)
     assert text.shape == (BATCH, 38)
-    assert text.equal(theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=32, do_sample=False))
+    assert text.equal(
+        theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=32, do_sample=False)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_seed(write, finish
 def test_several_samples_are_one_batch(write, finished, monkeypatch):
     batches = []
     stream = Zaya.stream
-    monkeypatch.setattr(Zaya, "stream", lambda self, tokens, *rest: batches.append(tokens.shape) or stream(self, tokens, *rest))
+    monkeypatch.setattr(
+        Zaya, "stream", lambda self, tokens, *rest: batches.append(tokens.shape) or stream(self, tokens, *rest)
+    )
     done = write("--prompt", "3 times", "--num_samples", 3, "--temperature", 1.2)
     eot = load_tokenizer(finished.out / "step-0000006").eot
     assert batches == [(3, len("3 times") + (eot is not None))]
@@ -85,7 +87,9 @@ def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
     assert len(short.lines) == 1  # the context fills up while writing: no remark
 
 
-@pytest.mark.parametrize("text", ["naïve – ½ 中文 👩‍👩‍👧", "a\ufffdb", "x"], ids=["many bytes", "a real U+FFFD", "ascii"])
+@pytest.mark.parametrize(
+    "text", ["naïve – ½ 中文 👩‍👩‍👧", "a\ufffdb", "x"], ids=["many bytes", "a real U+FFFD", "ascii"]
+)
 def test_only_whole_characters_are_shown(text, capsys):
     tokenizer = load_tokenizer("bytes")
     printer, pieces = sample.Printer(tokenizer), []

@@ -120,14 +120,16 @@ def test_balancing_is_adamw_on_the_share_less_an_even_one():
     model = tiny_model()
     optimizer = Optimizer(model, TrainConfig(balance_lr=0.01), torch.float32)
     plain = torch.zeros(2, 4, requires_grad=True)
-    reference = torch.optim.AdamW([plain], lr=0.01, betas=optimizer.balance.betas, eps=optimizer.balance.eps, weight_decay=0)
+    reference = torch.optim.AdamW(
+        [plain], lr=0.01, betas=optimizer.balance.betas, eps=optimizer.balance.eps, weight_decay=0
+    )
     for seed in range(4):
         loss_of(model, seed).backward()
         counts = torch.stack([router.counts for router in model.routers]).float()
         load = counts[:, :-1] / counts.sum(dim=1, keepdim=True)
         for router in model.routers:
             router.counts.zero_()
-        optimizer.step(TrainConfig.lr, load)  # at its peak, and so the balancing's rate
+        optimizer.step(0, load)  # the balancing's rate is at its peak: it has no warm-up
         plain.grad = load - 1 / 4
         reference.step()
         biases = torch.stack([router.balancing_biases for router in model.routers])
@@ -168,17 +170,21 @@ def test_what_muon_and_what_adamw_moves():
     assert muon | rest == {name for name, _ in model.named_parameters()} and not muon & rest
     assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} <= rest
     assert all("conv" not in name and model.get_parameter(name).ndim >= 2 for name in muon)
-    assert {"layers.0.self_attn.o_proj.weight", "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.gate.down_proj.weight"} <= muon
+    assert {
+        "layers.0.self_attn.o_proj.weight",
+        "layers.1.mlp.experts.gate_up_proj",
+        "layers.1.mlp.gate.down_proj.weight",
+    } <= muon
 
 
 def test_bf16_has_fp32_masters_and_they_are_what_is_saved(tmp_path):
     model = tiny_model()
-    optimizer = Optimizer(model, TrainConfig(weight_decay=0.0), torch.bfloat16)
+    tiny_lr = 1e-6  # far below bf16's resolution: weights of bf16 alone would not move
+    optimizer = Optimizer(model, TrainConfig(weight_decay=0.0, lr=tiny_lr, warmup=0), torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in optimizer.masters().items()}
-    lr = 1e-6  # far below bf16's resolution: weights of bf16 alone would not move
     for seed in range(2):
         loss_of(model, seed).backward()
-        optimizer.step(lr, torch.full((2, 4), 0.25))
+        optimizer.step(0, torch.full((2, 4), 0.25))
     masters = optimizer.masters()
     for name, tensor in model.state_dict().items():
         fp32 = re.search(r"norm|scale|temp|input_hidden|balancing|residual", name)
@@ -315,8 +321,14 @@ def test_every_checkpoint_is_whole(finished):
 
 
 def test_a_run_says_what_it_does(finished):
-    assert "bits a byte" in finished.stdout and "a sample:" in finished.stdout and "sample.py --checkpoint" in finished.stdout
-    assert "6/6" in finished.stderr and "tok/s" in finished.stderr and "load entropy" in finished.stderr  # the progress bar
+    assert (
+        "bits a byte" in finished.stdout
+        and "a sample:" in finished.stdout
+        and "sample.py --checkpoint" in finished.stdout
+    )
+    assert (
+        "6/6" in finished.stderr and "tok/s" in finished.stderr and "load entropy" in finished.stderr
+    )  # the progress bar
     assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr
 
 
@@ -343,7 +355,9 @@ def test_eval_only_prints_and_writes_nothing(finished, tiny, call, tmp_path):
     own = {name: value for name, value in tiny.items() if name not in SHAPE}  # the shape is the checkpoint's
     for which in (own | {"init_from": finished.out, "out": tmp_path / "new"}, {"out": finished.out, "resume": True}):
         done = call(train, *flags(**which, eval_only=True))
-        assert done.status == 0 and f"validation loss {val_loss:.4f} nats" in done.stdout and "bits a byte" in done.stdout
+        assert (
+            done.status == 0 and f"validation loss {val_loss:.4f} nats" in done.stdout and "bits a byte" in done.stdout
+        )
     assert not (tmp_path / "new").exists()
     assert before == {p: p.stat().st_mtime_ns for p in finished.out.rglob("*")}
 
@@ -393,7 +407,7 @@ def long_run(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stop_at_any_moment_changes_nothing(long_run, tmp_path, number):
-    """SIGTERM and Ctrl-C save and end with status 0; after kill -9 the newest checkpoint is there. --resume does the rest."""
+    """SIGTERM and Ctrl-C save and end with status 0; kill -9 leaves the newest checkpoint. --resume does the rest."""
     out = tmp_path / "out"
     at = random.randint(11, 50)
     run = subprocess.Popen(
@@ -411,7 +425,11 @@ def test_a_stop_at_any_moment_changes_nothing(long_run, tmp_path, number):
         assert run.returncode == -signal.SIGKILL
     else:
         assert run.returncode == 0, stderr
-        assert (out / f"step-{stopped:07d}").is_dir() and f"stopped after step {stopped}" in stdout and "--resume" in stdout
+        assert (
+            (out / f"step-{stopped:07d}").is_dir()
+            and f"stopped after step {stopped}" in stdout
+            and "--resume" in stdout
+        )
         assert (out / "loss.png").exists()
     done = command("train.py", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,194 @@
+"""What a user gets wrong ends in one clear line, which names it, and exit status 2: no traceback, nothing written."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import command, flags
+
+import sample
+import train
+import zaya
+from zaya import load_safetensors, save_safetensors
+
+TABLE = SimpleNamespace(__file__=zaya.__file__, main=zaya.cost_table)  # `python zaya.py`
+
+
+def assert_refused(done, *named):
+    assert done.status == 2 and len(done.lines) == 1, done.stderr
+    assert "error: " in done.lines[0] and all(str(name) in done.lines[0] for name in named), done.lines[0]
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    {
+        "an unknown flag": ({"stpes": 5}, "--stpes"),
+        "an abbreviated flag": ({"step": 5}, "--step"),
+        "a word for a number": ({"steps": "many"}, "many"),
+        "half a step": ({"steps": 2.5}, "2.5"),
+        "no steps": ({"steps": 0}, "--steps"),
+        "an empty batch": ({"batch_size": 0}, "--batch_size"),
+        "a negative rate": ({"lr": -0.1}, "--lr"),
+        "a rate that is no number": ({"lr": "nan"}, "--lr"),
+        "an infinite rate": ({"balance_lr": "inf"}, "--balance_lr"),
+        "a momentum of one": ({"momentum": 1}, "--momentum"),
+        "no clipping": ({"grad_clip": 0}, "--grad_clip"),
+        "a negative seed": ({"seed": -1}, "--seed"),
+        "an unknown preset": ({"preset": "giant"}, "giant"),
+        "an unknown dtype": ({"dtype": "float8"}, "float8"),
+        "an unknown device": ({"device": "tpu"}, "tpu"),
+        "neither yes nor no": ({"compile": "perhaps"}, "perhaps"),
+        "no such data": ({"data": "nowhere/at/all"}, "nowhere/at/all"),
+        "a batch in uneven parts": ({"micro_batch_size": 3}, "--micro_batch_size"),
+        "a block longer than the text": ({"block_size": 100_000}, "100000"),
+        "heads that do not divide": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads"),
+        "an odd head": ({"head_dim": 6}, "head_dim"),
+        "too few layer types": ({"layer_types": "hybrid"}, "layer_types"),
+        "a window without a size": ({"layer_types": "hybrid,hybrid_sliding"}, "sliding_window"),
+        "nothing to start from": ({"init_from": "nowhere/at/all"}, "nowhere/at/all"),
+    }.values(),
+    ids=str,
+)
+def test_train_refuses(wrong, named, tiny, call, tmp_path):
+    out = tmp_path / "out"
+    assert_refused(call(train, *flags(**tiny | wrong, out=out)), named)
+    assert not out.exists()
+
+
+def test_a_run_is_not_overwritten_and_no_run_is_not_resumed(finished, tiny, call, tmp_path):
+    assert_refused(call(train, *flags(**tiny, out=finished.out)), finished.out, "--resume")
+    assert_refused(call(train, *flags(out=tmp_path / "new", resume=True)), tmp_path / "new", "--resume")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"preset": "mini"}, {"data": "stdlib"}], ids=str)
+def test_resuming_does_not_change_the_model_or_its_data(finished, call, change):
+    assert_refused(call(train, *flags(out=finished.out, resume=True, **change)), *change)
+
+
+def test_fine_tuning_does_not_change_the_model(finished, tiny_data, call, tmp_path):
+    chosen = dict(data=tiny_data, init_from=finished.out, out=tmp_path / "out", device="cpu")
+    assert_refused(call(train, *flags(**chosen, hidden_size=64)), "--hidden_size")
+
+
+DAMAGED_DATA = {
+    "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "meta.json"),
+    "meta.json cut short": (lambda folder: (folder / "meta.json").write_text('{"dtype": '), "meta.json"),
+    "an unknown type": (lambda folder: change_meta(folder, dtype="int8"), "int8"),
+    "no vocabulary": (lambda folder: change_meta(folder, vocab_size=0), "vocab_size"),
+    "no val.bin": (lambda folder: (folder / "val.bin").unlink(), "val.bin"),
+    "half a token": (lambda folder: (folder / "val.bin").write_bytes(b"\0" * 1001), "1001"),
+    "too few tokens": (lambda folder: (folder / "val.bin").write_bytes(b"\0" * 10), "val.bin"),
+    "a token too large": (lambda folder: np.full(99, 257, "<u2").tofile(folder / "train.bin"), "257"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+
+
+def change_meta(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("name", DAMAGED_DATA)
+def test_damaged_data_is_named(name, tiny, call, tmp_path):
+    damage, named = DAMAGED_DATA[name]
+    folder = shutil.copytree(tiny["data"], tmp_path / "data")
+    damage(folder)
+    assert_refused(call(train, *flags(**tiny | {"data": folder}, out=tmp_path / "out")), named)
+    assert not (tmp_path / "out").exists()
+
+
+def cut_in_half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def spoil_a_number(file):
+    tensors = {name: tensor.clone() for name, tensor in load_safetensors(file).items()}
+    tensors["model.norm.weight"][3] = float("nan")
+    save_safetensors(file, tensors)
+
+
+DAMAGED_RUN = {
+    "weights cut short": (cut_in_half, "model.safetensors"),
+    "moments cut short": (cut_in_half, "trainer.safetensors"),
+    "the step cut short": (cut_in_half, "trainer.json"),
+    "the shape cut short": (cut_in_half, "config.json"),
+    "weights that are no numbers": (spoil_a_number, "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_RUN)
+def test_a_damaged_checkpoint_is_named(name, finished, call, tmp_path):
+    damage, file = DAMAGED_RUN[name]
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    newest = out / "step-0000006"
+    damage(newest / file)
+    assert_refused(call(train, "--out", out, "--resume"), newest)
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"checkpoint": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"prompt": "FILE:nowhere/at/all"}, "nowhere/at/all"),
+        ({"max_new_tokens": 0}, "--max_new_tokens"),
+        ({"num_samples": 0}, "--num_samples"),
+        ({"temperature": -1}, "--temperature"),
+        ({"temperature": "nan"}, "--temperature"),
+        ({"top_k": 0}, "--top_k"),
+        ({"top_p": 0}, "--top_p"),
+        ({"top_p": 1.5}, "--top_p"),
+        ({"seed": -1}, "--seed"),
+        ({"dtype": "int8"}, "int8"),
+        ({"device": "tpu"}, "tpu"),
+        ({"kolor": 1}, "--kolor"),
+    ],
+    ids=str,
+)
+def test_sample_refuses(wrong, named, finished, call):
+    done = call(sample, *flags(**{"checkpoint": finished.out} | wrong))
+    assert_refused(done, named)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tmp_path):
+    checkpoint = shutil.copytree(finished.out / "best", tmp_path / "best")
+    cut_in_half(checkpoint / file)
+    assert_refused(call(sample, "--checkpoint", checkpoint), checkpoint)
+    (checkpoint / file).unlink()
+    assert_refused(call(sample, "--checkpoint", checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"preset": "giant"}, "giant"),
+        ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"mfu": 0}, "--mfu"),
+        ({"context": "long"}, "long"),
+    ],
+    ids=str,
+)
+def test_the_table_refuses(wrong, named, call):
+    assert_refused(call(TABLE, *flags(**wrong)), named)
+
+
+def test_a_command_of_its_own_does_the_same(tmp_path):
+    """Not only the function that the other tests call: the script, its status and its one line."""
+    for script in ("train.py", "sample.py", "zaya.py"):
+        done = command(script, "--nonsense", cwd=tmp_path)
+        assert (
+            (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and "--nonsense" in done.stderr
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [train, sample, TABLE], ids=["train", "sample", "zaya"])
+def test_help_has_a_line_and_a_default_for_every_flag(module, call):
+    done = call(module, "--help")
+    assert done.status == 0 and not done.stderr
+    options = done.stdout.split("\n  --")[1:]
+    assert options and all("(default: " in " ".join(option.split()) for option in options)

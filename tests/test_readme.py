@@ -1,0 +1,58 @@
+"""What the README promises: its commands exist, its flags are known, its table is what `python zaya.py` prints."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, command
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Lines of code blocks, with lines that end in a backslash joined.
+CODE = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+SCRIPTS = r"(?:train|sample|zaya|kernels|data/\w+/prepare|tests/\w+)\.py"
+COMMANDS = sorted({match[0] for match in re.finditer(rf"{SCRIPTS}\b[^\n&|#]*", CODE)})
+
+
+def test_the_two_commands_are_there():
+    assert re.search(r"^pip install torch==2\.13\.0 -r requirements\.txt && python train\.py$", CODE, re.MULTILINE)
+    assert re.search(r"^pip install torch==2\.13\.0 .*-r requirements-dev\.txt && pytest$", CODE, re.MULTILINE)
+
+
+def test_five_packages_are_enough():
+    packages = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert packages == ["torch", "numpy", "tiktoken", "tqdm", "matplotlib"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_scripts_and_flags_exist(line):
+    script, *words = shlex.split(line)
+    known = command(script, "--help").stdout
+    for flag in [word for word in words if word.startswith("--")]:
+        assert re.search(rf"{flag}\b", known), f"{script} has no {flag}"
+
+
+def test_files_that_are_named_exist():
+    names = set(re.findall(r"`([\w/]+\.(?:py|txt|png|md))`", README)) - {"loss.png", "experts.png"}  # a run's pictures
+    pictures = set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))
+    assert names and [name for name in names | pictures if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_costs_is_what_the_command_prints():
+    printed = command("zaya.py").stdout
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for name, *numbers in rows:
+        line = re.search(rf"^{re.escape(name)} +(.*)$", printed, re.MULTILINE)[1].split()
+        assert line[:4] == numbers, name
+    assert "8,840,488,784" in printed and "753,608,528" in printed
+
+
+def test_the_project_speaks_of_itself_alone():
+    files = [
+        path
+        for pattern in ("*.py", "*.md", "*.txt", "data/**/*.py", "tests/*.py", ".ci/run")
+        for path in ROOT.glob(pattern)
+    ]
+    assert len(files) > 15
+    machine = re.compile(r"/(?:root|home|work|tmp)/\w")  # a path of somebody's machine
+    assert [path.name for path in files if machine.search(path.read_text(encoding="utf-8"))] == []
