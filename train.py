@@ -68,7 +68,7 @@ class TrainConfig:
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
     compile: bool | None = None  # torch.compile; None: on a GPU
     eval_every: int = 100  # steps between evaluations
-    eval_batches: int = 32  # micro-batches an evaluation, spread over the validation text; 0: all of it
+    eval_batches: int = 16  # micro-batches an evaluation, spread over the validation text; 0: all of it
     eval_only: bool = False  # evaluate --init_from, or --resume's checkpoint, and leave
     save_every: int = 100  # steps between checkpoints; there is one at the end, too
     keep: int = 2  # checkpoints to keep, beside the best
@@ -605,6 +605,43 @@ def new_model(config, given, meta, eot):
     return model
 
 
+def checkpoint_to_resume(out, ranks):
+    """A run's newest whole checkpoint; None where there is none yet."""
+    try:
+        return find_checkpoint(out)
+    except FileNotFoundError:
+        ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
+
+
+def open_run(out, flags, step):
+    """Make the run directory what it was at that step, keep the flags in args.json, and open the log for more lines."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    with write_aside(out / "args.json") as file:
+        file.write(json.dumps(flags, indent=2).encode() + b"\n")
+    kept = [entry for entry in read_log(out) if entry["step"] <= step]
+    with write_aside(out / "log.jsonl") as file:
+        file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
+    return open(out / "log.jsonl", "a", buffering=1)
+
+
+def add_up_gradients(ddp, train, step, config, ranks):
+    """A rank's share of a step, micro-batch after micro-batch -> its mean loss. The gradients that are left behind are
+    the mean over all ranks, taken while the last micro-batch's backward pass goes on."""
+    share, size = config.batch_size // ranks.world, config.micro_batch_size
+    first, mean = ranks.rank * share, torch.zeros((), device=ranks.device)
+    for start in range(first, first + share, size):
+        inputs, targets = train.training_batch(step, config.batch_size, start, start + size, ranks.device)
+        more_to_come = ranks.world > 1 and start + size < first + share
+        with ddp.no_sync() if more_to_come else nullcontext():
+            _, loss = ddp(inputs, targets)
+            loss = loss * (size / share)
+            loss.backward()
+        mean += loss.detach()
+    return mean
+
+
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
     given, resuming = resolve_flags(given)
@@ -620,26 +657,20 @@ def main():
     tokenizer = load_tokenizer(folder)
 
     # Model and optimizer
-    checkpoint = None
-    if resuming:
-        try:
-            checkpoint = find_checkpoint(out)
-        except FileNotFoundError:
-            ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
+    checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
     if checkpoint:
-        model = Zaya.from_pretrained(checkpoint, dtype=torch.float32)
-        record = read_json(checkpoint / "trainer.json")
+        model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
         if model.config.vocab_size < meta["vocab_size"]:
-            raise ValueError(
-                f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {model.config.vocab_size}"
-            )
+            known = model.config.vocab_size
+            raise ValueError(f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {known}")
     else:
         model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
     config.block_size = config.block_size or model.config.max_position_embeddings
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
-    flags = asdict(config)  # to keep: another number of ranks may want another micro-batch
+    shape = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    flags = asdict(config) | shape  # to keep: another number of ranks may want another micro-batch
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 16)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
@@ -665,23 +696,9 @@ def main():
         ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
         return
 
-    # The run directory
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        own = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
-        for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        with write_aside(out / "args.json") as file:
-            file.write(
-                json.dumps(
-                    flags | own | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}, indent=2
-                ).encode()
-                + b"\n"
-            )
-        kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
-        with write_aside(out / "log.jsonl") as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
-        log = open(out / "log.jsonl", "a", buffering=1)
+        keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
+        log = open_run(out, keep, record["step"])
         total, active = model.parameter_counts()
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(train.ids) / 1e6:.1f}M tokens of "
@@ -701,24 +718,12 @@ def main():
         started = time.perf_counter()
         lr = learning_rate(step, config)
 
-        # Gradients: micro-batch after micro-batch; the ranks' are averaged during the last one's backward pass.
-        loss_sum = torch.zeros((), device=device)
-        first = ranks.rank * share
-        for start in range(first, first + share, config.micro_batch_size):
-            end = start + config.micro_batch_size
-            inputs, targets = train.training_batch(step, config.batch_size, start, end, device)
-            accumulating = ranks.world > 1 and end < first + share
-            with ddp.no_sync() if accumulating else nullcontext():
-                _, loss = ddp(inputs, targets)
-                loss = loss * (config.micro_batch_size / share)
-                loss.backward()
-            loss_sum += loss.detach()
+        loss = add_up_gradients(ddp, train, step, config, ranks)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
-        agreed = ranks.sum(
-            torch.stack([loss_sum / ranks.world, torch.tensor(float(bool(asked_to_stop)), device=device)])
-        )
+        stop = torch.tensor(float(bool(asked_to_stop)), device=device)
+        agreed = ranks.sum(torch.stack([loss / ranks.world, stop]))
         loss, norm, stopping = agreed[0].item(), grad_norm.item(), agreed[1].item() > 0
         counts = collect_counts(routers, ranks)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -728,8 +733,7 @@ def main():
         else:  # skip the update; one bad batch must not spoil the weights
             record["skipped"] += 1
             bad_in_a_row += 1
-        for p in parameters:
-            p.grad = None
+        model.zero_grad(set_to_none=True)
         step += 1
 
         # Log, evaluate, save.
@@ -752,11 +756,9 @@ def main():
             log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
-            last = (
-                f"{out}/step-{saved_step:07d} is the last good checkpoint"
-                if saved_step is not None
-                else "no checkpoint yet"
-            )
+            last = "no checkpoint yet"
+            if saved_step is not None:
+                last = f"{out}/step-{saved_step:07d} is the last good checkpoint"
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait

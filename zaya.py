@@ -145,7 +145,8 @@ def replica(hidden_size, num_hidden_layers, head_dim, **changes):
 
 
 PRESETS = {
-    "nano": replica(256, 4, 32, vocab_size=2048, max_position_embeddings=256),  # a laptop's CPU, minutes
+    # A laptop's CPU, minutes. In 180 s two layers reach 1.48 bits a byte, three 1.55: more tokens beat more layers.
+    "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
     "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU, an hour
     "small": replica(1024, 20, 128),  # one GPU, days; one node, a night
     "medium": replica(2048, 20, 128),  # one node, weeks
