@@ -152,9 +152,13 @@ def faster_dtype(device):
     return "bfloat16" if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
-def keep_freed_memory():
-    """Stop glibc from handing freed tensors back to the kernel, only to fault their pages in again."""
+def tune_memory():
+    """On a CPU: less time for what is freed and taken again, less memory for what is kept."""
+    # Experts' shares make products of ever new shapes; by default oneDNN keeps its code for the last 1,024 of them.
+    # With 128 nano takes 1.3 GB in place of 1.8, in the same time. Read at oneDNN's first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if sys.platform == "linux":
+        # glibc hands freed tensors back to the kernel, only to fault their pages in again: a tenth of a step.
         libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
         if hasattr(libc, "mallopt"):
             libc.mallopt(MMAP_THRESHOLD, 1 << 30)
@@ -648,7 +652,7 @@ def main():
     config = TrainConfig(
         **{name: value for name, value in given.items() if name in {f.name for f in fields(TrainConfig)}}
     )
-    keep_freed_memory()
+    tune_memory()
     ranks = Ranks(config.device)
     out, device = Path(config.out), ranks.device
 
