@@ -287,7 +287,7 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
         assert ("val_loss" in entry) == ("val_bpb" in entry) == (entry["step"] in (3, 6))
         assert entry["skipped"] == 0 and 0 <= entry["load_entropy"] <= 1
     assert log[0]["lr"] == 0.005 and log[1]["lr"] == 0.01
-    assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # at first every byte is as likely
+    assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.25)  # at first every byte is about as likely
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
     meta = json.loads((finished.out / "args.json").read_text())
     assert meta["steps"] == 6 and meta["lr"] == 0.01 and meta["hidden_size"] == 32
