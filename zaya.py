@@ -819,7 +819,10 @@ class ExpertsOnCPU(torch.autograd.Function):
 
 def products(x, weight, rows):
     """x (N, in), cut into E pieces of rows[e] rows, each times its own weight[e].T, weight (E, out, in) -> (N, out)."""
-    return torch.cat([times(x_e, w_e) for x_e, w_e in zip(x.split(rows), weight)])
+    out = x.new_empty(len(x), weight.shape[1])
+    for x_e, w_e, out_e in zip(x.split(rows), weight, out.split(rows)):
+        times(x_e, w_e, out=out_e)
+    return out
 
 
 def weight_products(grad, x, rows):
