@@ -29,16 +29,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    PRESETS,
-    Zaya,
-    ZayaConfig,
-    choose_device,
-    find_checkpoint,
-    load_safetensors,
-    parse_flags,
-    read_json,
-    save_safetensors,
-    stop_in_one_line,
+    PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
+    save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -92,10 +84,15 @@ class TrainConfig:
             raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16")
 
 
+def flags_of(cls, given):
+    """Those of the flags given that are fields of a dataclass."""
+    return {name: value for name, value in given.items() if name in {f.name for f in fields(cls)}}
+
+
 def model_config(config, given, vocab_size, eot):
     """The ZayaConfig of a new run: the preset, changed by the flags given, with the data's vocabulary."""
     start = PRESETS[config.preset]
-    changes = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    changes = flags_of(ZayaConfig, given)
     if "num_hidden_layers" in changes:
         changes.setdefault("layer_types", None)
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
@@ -596,7 +593,7 @@ def new_model(config, given, meta, eot):
         return Zaya(model_config(config, given, meta["vocab_size"], eot))
     model = Zaya.from_pretrained(config.init_from, dtype=torch.float32)
     free = {"rope_theta", "sliding_rope_theta", "max_position_embeddings"}
-    changes = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
         raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
     if meta["vocab_size"] > model.config.vocab_size:
@@ -649,9 +646,7 @@ def add_up_gradients(ddp, train, step, config, ranks):
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
     given, resuming = resolve_flags(given)
-    config = TrainConfig(
-        **{name: value for name, value in given.items() if name in {f.name for f in fields(TrainConfig)}}
-    )
+    config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
     ranks = Ranks(config.device)
     out, device = Path(config.out), ranks.device
@@ -673,7 +668,7 @@ def main():
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
-    shape = {name: value for name, value in given.items() if name in {f.name for f in fields(ZayaConfig)}}
+    shape = flags_of(ZayaConfig, given)
     flags = asdict(config) | shape  # to keep: another number of ranks may want another micro-batch
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 16)
     if share % config.micro_batch_size:

@@ -412,10 +412,9 @@ class MixtureOfExperts(nn.Module):
         order = choice.argsort(stable=True)
         ends = counts.cumsum(0)
         offsets = torch.cat([ends[:-2], ends[-1:]])  # (E)
-        if x.device.type == "cpu":  # the same in less time
-            return ExpertsOnCPU.apply(x, probability, *self.experts.parameters(), order, offsets).view(
-                shape
-            ), router_state
+        if x.device.type == "cpu":  # the same as below in less time
+            y = ExpertsOnCPU.apply(x, probability, *self.experts.parameters(), order, offsets)
+            return y.view(shape), router_state
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         y = self.experts(Permute.apply(x, order, inverse), offsets)
         # Combine: every output back to its token's place, times its probability.
@@ -922,7 +921,8 @@ def times_fp32(a, b):
 def times(a, b, out=None):
     """a @ b.T of two matrices. In fp32 on a CPU oneDNN is a little faster than MKL, PyTorch's own choice, but it copies
     an a that is transposed."""
-    onednn = a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and torch.backends.mkldnn.is_available()
+    onednn = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    onednn = onednn and a.numel() > 0 and not torch.compiler.is_compiling()
     if onednn and (a.is_contiguous() or mkl_is_slow()):
         product = by_onednn(a, b)
         return product if out is None else out.copy_(product)

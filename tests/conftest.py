@@ -23,7 +23,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"
 
 SHAPE = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    moe_intermediate_size=16, num_experts=4, router_hidden_size=8, block_size=16,
+    moe_intermediate_size=16, num_experts=4, router_hidden_size=8, block_size=16, initializer_range=0.02,
 )  # fmt: skip
 RUN = dict(
     batch_size=4, steps=6, warmup=2, eval_every=3, eval_batches=2, save_every=2, lr=0.01, device="cpu", dtype="float32"

@@ -287,7 +287,7 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
         assert ("val_loss" in entry) == ("val_bpb" in entry) == (entry["step"] in (3, 6))
         assert entry["skipped"] == 0 and 0 <= entry["load_entropy"] <= 1
     assert log[0]["lr"] == 0.005 and log[1]["lr"] == 0.01
-    assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.25)  # at first every byte is about as likely
+    assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # at first every byte is as likely
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
     meta = json.loads((finished.out / "args.json").read_text())
     assert meta["steps"] == 6 and meta["lr"] == 0.01 and meta["hidden_size"] == 32
@@ -334,8 +334,6 @@ def test_a_run_says_what_it_does(finished):
 
 def test_transformers_opens_a_checkpoint(finished):
     transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "ZayaForCausalLM"):
-        pytest.skip("this transformers has no ZAYA1")
     theirs = transformers.ZayaForCausalLM.from_pretrained(finished.out / "step-0000006", dtype=torch.float32)
     tokens = torch.arange(12)[None]
     with torch.no_grad():
