@@ -31,7 +31,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -39,6 +39,13 @@ from typing import get_args
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import kernels as triton_kernels
+except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without Triton
+    if error.name != "triton":
+        raise
+    triton_kernels = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -154,6 +161,58 @@ PRESETS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Eager PyTorch or Triton. All maths of this file is eager; a function marked @has_kernel has a faster twin of the same
+# name in kernels.py.
+
+KERNELS = ("auto", "triton", "eager")
+_kernels = "auto"  # where a kernel runs at all; "triton" says so if it does not; "eager" never asks
+
+
+def use_kernels(choice):
+    """From now on: "auto" or "triton" (kernels on a GPU), or "eager" (this file alone). A model's forward calls this."""
+    global _kernels
+    if choice not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
+    _kernels = choice
+
+
+def on_kernels(x):
+    """Whether a tensor is where kernels run, and they are wanted."""
+    if _kernels == "eager":
+        return False
+    if triton_kernels is None:
+        return say_once("Triton is not installed: eager PyTorch is used") if _kernels == "triton" or x.is_cuda else False
+    if not triton_kernels.can_run_on(x.device):
+        return say_once(f"Triton's kernels do not run on {x.device}: eager PyTorch is used") if _kernels == "triton" else False
+    return True
+
+
+def has_kernel(eager):
+    """Decorate a function: call its twin in kernels.py instead, where there is a way."""
+    name = eager.__name__
+
+    @wraps(eager)
+    def either(*args):
+        if not on_kernels(args[0]):
+            return eager(*args)
+        if reason := triton_kernels.unsupported(name, *args):
+            say_once(f"no kernel for {name}: {reason}; eager PyTorch is used")
+            return eager(*args)
+        return getattr(triton_kernels, name)(*args)
+
+    return either
+
+
+@torch.compiler.assume_constant_result
+def say_once(message, said=set()):  # noqa: B006 a set that lives on is the point
+    """Print a message to stderr, the first time only. Returns False."""
+    if message not in said:
+        said.add(message)
+        print(f"zaya.py: {message}", file=sys.stderr)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Norms and rotary embedding. All of it in fp32, whatever the weights are [R].
 
 
@@ -225,29 +284,33 @@ def grouped_conv(x, weight, bias, H):
     return torch.baddbmm(bias.view(H, 1, h), x, weight).transpose(0, 1).reshape(B, T, C)
 
 
-def cca(qk, past, depthwise, grouped, temp, cos, sin):
-    """Everything between the projections and the attention, for queries and keys ([C] II-B, steps 2, 3, 4, 6, 7).
+@has_kernel
+def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
+    """Everything between the projections and the attention ([C] II-B, steps 2 to 7).
 
-    qk         [q0 | k0] (B, T, C)
-    past       the P columns before it (B, P, C), zeros at the start of a text
+    qkv        [q0 | k0 | v_now | v_late] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
+    past       the P columns of [q0 | k0] before these (B, P, C), zeros at the start of a text
+    v_before   the v_late before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
     temp       (Hk), a learned factor for the length of a key, used raw ([C] had exp(temp); the released weights do not)
     cos, sin   (T, 1, rotary_dim / 2)
-    Returns q (B, T, Hq, h) and k (B, T, Hk, h), in qk's dtype.
+    Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """
-    B, T, C = qk.shape
-    h, Hk = grouped[0].shape[1], len(temp)
+    (B, T, _), C, h, Hk = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp)
     H, Hq = C // h, C // h - Hk
+    qk, v_now, v_late = qkv.split([C, Hk * h // 2, Hk * h // 2], dim=-1)
     # The text is padded once, before both convolutions. So at position 0 the second one sees the first one's bias.
     mixed = grouped_conv(depthwise_conv(torch.cat([past, qk], dim=1), *depthwise), *grouped, H)
     mixed = mixed.float() + qk_mean(qk.float(), Hq, Hk)  # fp32 from here [R]
     mixed = mixed.view(B, T, H, h)
+    # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
+    v = torch.cat([v_now, torch.cat([v_before, v_late[:, :-1]], dim=1)], dim=-1).view(B, T, Hk, h)
     # Every head gets length sqrt(h), keys times temp. [T] clamps the norm at its dtype's eps; we, at fp32's.
     length = math.sqrt(h) * torch.cat([temp.new_ones(Hq), temp])[:, None]  # (H, 1)
     norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
-    mixed = rotate(mixed * (length / norm), cos, sin).to(qk.dtype)
-    return mixed.split([Hq, Hk], dim=2)
+    mixed = rotate(mixed * (length / norm), cos, sin).to(qkv.dtype)
+    return *mixed.split([Hq, Hk], dim=2), v
 
 
 def attend(q, k, v, window=None):
@@ -266,6 +329,13 @@ def attend(q, k, v, window=None):
         mask = visible(S - T, S, 0, S, window, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
+
+
+@has_kernel
+def attend_past(q, k, v, length, window=None):
+    """The attention of one new token a text, q (B, 1, Hq, h), over the first `length` positions (an int32 tensor that
+    lies where q does) of a cache's k and v (B, max_len, Hk, h), of which it is the last -> (B, 1, Hq * h)."""
+    return attend(q, k[:, : int(length)], v[:, : int(length)], window)
 
 
 def visible(first_query, end_query, first_key, end_key, window, device):
@@ -292,19 +362,16 @@ class CCA(nn.Module):
 
     def forward(self, x, temp, cos, sin, cache):
         """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
-        B, T, _ = x.shape
+        B, C, late = len(x), self.conv_qk_depthwise.in_channels, self.v_proj_delayed.out_features
         parts = [self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed]
-        sizes = [parts[0].out_features + parts[1].out_features, parts[2].out_features, parts[3].out_features]
-        qk, v_now, v_late = linear(x, torch.cat([part.weight for part in parts])).split(sizes, dim=-1)
+        qkv = linear(x, torch.cat([part.weight for part in parts]))
         if cache is None:
-            past, v_before = qk.new_zeros(B, self.past_columns, sizes[0]), v_late.new_zeros(B, 1, sizes[2])
+            past, v_before = qkv.new_zeros(B, self.past_columns, C), qkv.new_zeros(B, 1, late)
         else:
-            past, v_before = cache.shift(qk, v_late)
+            past, v_before = cache.shift(qkv[..., :C], qkv[..., -late:])
         depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-        q, k = cca(qk, past, (depthwise.weight, depthwise.bias), (grouped.weight, grouped.bias), temp, cos, sin)
-        # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
-        v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
-        return q, k, torch.cat([v_now, v_late], dim=-1).view(B, T, k.shape[2], k.shape[3])
+        depthwise, grouped = (depthwise.weight, depthwise.bias), (grouped.weight, grouped.bias)
+        return cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin)
 
 
 class Attention(nn.Module):
@@ -323,9 +390,13 @@ class Attention(nn.Module):
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
         q, k, v = self.qkv_proj(x, self.qk_norm["temp"] if "temp" in self.qk_norm else None, *rotary, cache)
-        if cache is not None:
+        if cache is None:
+            out = attend(q, k, v, self.window)
+        else:
             k, v = cache.append(k, v)
-        return linear(attend(q, k, v, self.window), self.o_proj.weight)
+            decoding = q.shape[1] == 1
+            out = attend_past(q, cache.k, cache.v, cache.end, self.window) if decoding else attend(q, k, v, self.window)
+        return linear(out, self.o_proj.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,23 +428,33 @@ class Router(nn.Module):
         # Tokens that each class has been given since the trainer last set this to zero.
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
-    def forward(self, x, state):
-        """x (N, D), state: the previous layer's (N, R) or None
+    def forward(self, x, before):
+        """x (N, D), before: the previous layer's state (N, R) or None
         -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R)."""
-        state_before, state = state, linear(x, self.down_proj.weight, self.down_proj.bias).float()
-        if state_before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading with depth
-            state = state + state_before * self.router_states_scale
-        mlp = self.router_mlp
-        thought = F.gelu(linear(mlp["norm"](state), mlp["fc1"].weight, mlp["fc1"].bias))
-        thought = F.gelu(linear(thought, mlp["fc2"].weight, mlp["fc2"].bias))
-        # fp32: in bf16 a tenth of the tokens would see ties between experts.
-        probabilities = linear(thought, mlp["out_proj"].weight).float().softmax(dim=-1)  # (N, E + 1)
-        # The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not
-        # renormalised, and through that one number alone the gradient reaches the router.
-        choice = (probabilities.detach() + self.balancing_biases).argmax(dim=-1)
-        counts = (choice[:, None] == torch.arange(len(self.counts), device=x.device)).sum(dim=0)
-        self.counts += counts
-        return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts, state
+        r, mlp = linear(x, self.down_proj.weight, self.down_proj.bias), self.router_mlp
+        gamma = None if before is None else self.router_states_scale
+        norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
+        routed = route(r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases)
+        self.counts += routed[2]
+        return routed
+
+
+@has_kernel
+def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
+    """The router's thinking [R] II-A2: r (N, R) is the token projected down, fc1 and fc2 are (weight, bias)
+    -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R) for the next layer."""
+    state = r.float()
+    if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading with depth
+        state = state + before * gamma
+    thought = F.gelu(linear(Normalize.apply(state, norm, eps), *fc1))
+    thought = F.gelu(linear(thought, *fc2))
+    # fp32: in bf16 a tenth of the tokens would see ties between experts.
+    probabilities = linear(thought, out).float().softmax(dim=-1)  # (N, E + 1)
+    # The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not
+    # renormalised, and through that one number alone the gradient reaches the router.
+    choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
+    counts = (choice[:, None] == torch.arange(len(balancing_biases), device=r.device)).sum(dim=0)
+    return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts, state
 
 
 class Experts(nn.Module):
@@ -384,11 +465,6 @@ class Experts(nn.Module):
         E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
-
-    def forward(self, x, offsets):
-        """x (N, D), sorted by expert; offsets (E): where each expert's rows end -> (N, D)."""
-        gate, up = grouped_linear(x, self.gate_up_proj, offsets).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, offsets)
 
 
 class MixtureOfExperts(nn.Module):
@@ -402,25 +478,55 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x, router_state):
         """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
-        shape, x = x.shape, x.flatten(0, 1)
-        # Route.
-        probability, choice, counts, router_state = self.gate(x, router_state)
+        shape, x, gate_up, down = x.shape, x.flatten(0, 1), self.experts.gate_up_proj, self.experts.down_proj
+        probability, choice, _, router_state = self.gate(x, router_state)
         # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
-        x, probability = (t.to(self.experts.down_proj.dtype) for t in (x, probability))
-        # Permute: bring the tokens of each expert together, the skipped ones behind the last expert's.
-        order = choice.argsort(stable=True)
-        ends = counts.cumsum(0)
-        offsets = torch.cat([ends[:-2], ends[-1:]])  # (E)
-        if x.device.type == "cpu":  # the same as below in less time
-            on_cpu = torch.compiler.disable(ExpertsOnCPU.apply)  # it reads how many tokens each expert has
-            y = on_cpu(x, probability, *self.experts.parameters(), order, offsets)
-            return y.view(shape), router_state
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        y = self.experts(Permute.apply(x, order, inverse), offsets)
-        # Combine: every output back to its token's place, times its probability.
-        y = Permute.apply(y, inverse, order) * probability[:, None]
+        choice, x = choice.clamp_max(self.num_experts - 1), x.to(down.dtype)
+        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+            y = experts_of_few(x, probability, choice, gate_up, down)
+        elif x.device.type == "cpu" and not on_kernels(x):
+            y = experts_on_cpu(x, probability, choice, gate_up, down)
+        else:
+            x, positions, offsets = dispatch(x, choice, self.num_experts)
+            y = combine(experts(x, gate_up, down, offsets), positions, probability)
         return y.view(shape), router_state
+
+
+@has_kernel
+def dispatch(x, choice, num_experts):
+    """Bring the tokens of each expert together: x (N, D) and choice (N), each below num_experts
+    -> x sorted by expert (N, D), the row that each token has there (N), where each expert's rows end (E)."""
+    order = choice.argsort(stable=True)
+    positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    offsets = (choice[:, None] == torch.arange(num_experts, device=x.device)).sum(dim=0).cumsum(dim=0)
+    return Permute.apply(x, order), positions, offsets.to(torch.int32)
+
+
+@has_kernel
+def experts(x, gate_up, down, offsets):
+    """E SwiGLU networks, gate_up (E, 2F, D) and down (E, D, F), each on its own rows of x (N, D) -> (N, D)."""
+    gate, up = grouped_linear(x, gate_up, offsets).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up, down, offsets)
+
+
+@has_kernel
+def combine(y, positions, probability):
+    """Every token's result back from its row, times its probability (N). y (N, D) -> (N, D)."""
+    return Permute.apply(y, positions) * probability[:, None].to(y.dtype)
+
+
+FEW_TOKENS = 16  # up to here, while decoding, each token's expert is read for it alone
+
+
+@has_kernel
+def experts_of_few(x, probability, choice, gate_up, down):
+    """dispatch, experts and combine for a few tokens, without a gradient: reads no expert that nobody chose."""
+    out = torch.empty_like(x)
+    for n, expert in enumerate(choice.tolist()):
+        gate, up = F.linear(x[n], gate_up[expert]).chunk(2)
+        out[n] = F.linear(F.silu(gate) * up, down[expert]) * probability[n]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,14 +543,22 @@ class ResidualScaling(nn.Module):
         self.residual_scale = nn.Parameter(torch.ones(size))
         self.residual_bias = nn.Parameter(torch.zeros(size))
 
-    def forward(self, stream, out):
-        """stream (B, T, D) fp32, out (B, T, D) -> (B, T, D) fp32."""
-        bias = self.residual_bias * self.residual_scale + self.hidden_states_bias * self.hidden_states_scale
-        return torch.addcmul(torch.addcmul(bias, stream, self.residual_scale), out, self.hidden_states_scale)
+    def forward(self, stream, out, norm):
+        """stream (B, T, D) fp32, out (B, T, D), norm: the next RMSNorm -> the new stream in fp32, and it normalised, in
+        out's dtype."""
+        scales = self.residual_scale, self.residual_bias, self.hidden_states_scale, self.hidden_states_bias
+        return merge(stream, out, *scales, norm.weight, norm.eps)
+
+
+@has_kernel
+def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
+    """(stream + b_r) * s_r + (out + b_o) * s_o in fp32; and that through RMSNorm, in out's dtype."""
+    stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)
+    return stream, Normalize.apply(stream, weight, eps).to(out.dtype)
 
 
 class Block(nn.Module):
-    """One layer: attention, merge, experts, merge."""
+    """One layer: attention, merge, experts, merge. Each merge normalises the stream for what comes next."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -456,12 +570,13 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, layer) if config.mlp == "moe" else DenseMLP(config)
         self.post_mlp_residual_scale = ResidualScaling(D)
 
-    def forward(self, stream, router_state, rotary, cache):
-        """stream (B, T, D) fp32, router_state (N, R) or None -> both, after this layer."""
-        out = self.self_attn(self.input_layernorm(stream), rotary, cache)
-        stream = self.post_attention_residual_scale(stream, out)
-        out, router_state = self.mlp(self.post_attention_layernorm(stream), router_state)
-        return self.post_mlp_residual_scale(stream, out), router_state
+    def forward(self, stream, normed, router_state, rotary, cache, next_norm):
+        """stream (B, T, D) fp32, the same normalised, router_state (N, R) or None -> all three, after this layer."""
+        out = self.self_attn(normed, rotary, cache)
+        stream, normed = self.post_attention_residual_scale(stream, out, self.post_attention_layernorm)
+        out, router_state = self.mlp(normed, router_state)
+        stream, normed = self.post_mlp_residual_scale(stream, out, next_norm)
+        return stream, normed, router_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,9 +586,11 @@ class Block(nn.Module):
 class Zaya(nn.Module):
     """The language model. The names of its weights are the official checkpoint's, less the leading "model."."""
 
-    def __init__(self, config):
+    def __init__(self, config, kernels="auto"):
+        """kernels: "auto" or "triton" (Triton's on a GPU), or "eager" (PyTorch alone)."""
         super().__init__()
-        self.config = config
+        use_kernels(kernels)
+        self.config, self.kernels = config, kernels
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.input_hidden_states_scale = nn.Parameter(torch.ones(D))
@@ -516,7 +633,10 @@ class Zaya(nn.Module):
 
     def hidden_states(self, tokens, cache=None):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
+        use_kernels(self.kernels)
         config, start = self.config, cache.length if cache else 0
+        if cache:
+            cache.advance(tokens.shape[1])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         rotary = {
             "hybrid": rotary_table(positions, config.rotary_dim, config.rope_theta),
@@ -524,13 +644,12 @@ class Zaya(nn.Module):
         }
         stream = self.embed_tokens(tokens).float()
         stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
-        router_state = None
-        for i, layer in enumerate(self.layers):
-            layer_cache = cache.layers[i] if cache else None
-            stream, router_state = layer(stream, router_state, rotary[config.layer_types[i]], layer_cache)
-        if cache:
-            cache.length += tokens.shape[1]
-        return self.norm(stream).to(self.head.dtype)
+        normed, router_state = self.layers[0].input_layernorm(stream), None
+        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
+            layer_cache, turns = cache.layers[i] if cache else None, rotary[config.layer_types[i]]
+            stream, normed, router_state = layer(stream, normed, router_state, turns, layer_cache, next_norm)
+        return normed.to(self.head.dtype)
 
     def logits(self, hidden):
         """hidden (..., D) -> (..., V) in fp32."""
@@ -603,7 +722,7 @@ class Zaya(nn.Module):
         save_safetensors(path / "model.safetensors", official_names(state or self.state_dict()))
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None, kernels="auto"):
         """Read a checkpoint, or a run directory's newest one, straight to a device; dtype None keeps the stored one.
 
         Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or of another shape.
@@ -616,7 +735,7 @@ class Zaya(nn.Module):
         if not tensors:
             raise FileNotFoundError(f"{path} has no model.safetensors")
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, kernels)
         embedding = tensors.get("model.embed_tokens.weight")
         model.cast(dtype or (torch.float32 if embedding is None else embedding.dtype)).to_empty(device=device)
         for router in model.routers:
@@ -653,12 +772,12 @@ class Zaya(nn.Module):
 class LayerCache:
     """What one layer remembers of the past: all keys and values, and CCA's last columns and last delayed value."""
 
-    def __init__(self, config, batch_size, max_len, device, dtype):
+    def __init__(self, config, batch_size, max_len, end, dtype):
         def zeros(*shape):
-            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+            return torch.zeros(batch_size, *shape, device=end.device, dtype=dtype)
 
         Hk, h = config.num_key_value_heads, config.head_dim
-        self.k, self.v, self.length = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0
+        self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
         self.columns = zeros(config.past_columns, (config.num_attention_heads + Hk) * h)  # of [q0 | k0]
         self.v_late = zeros(1, Hk * h // 2)
 
@@ -671,8 +790,6 @@ class LayerCache:
     def append(self, k, v):
         """Take in the keys and values (B, T, Hk, h) of new tokens; return all S, theirs included."""
         start, self.length = self.length, self.length + k.shape[1]
-        if self.length > self.k.shape[1]:
-            raise ValueError(f"{self.length} tokens do not fit a cache of {self.k.shape[1]}")
         self.k[:, start : self.length], self.v[:, start : self.length] = k, v
         return self.k[:, : self.length], self.v[:, : self.length]
 
@@ -683,7 +800,15 @@ class Cache:
     def __init__(self, model, batch_size, max_len):
         self.max_len, self.length = max_len, 0
         device, dtype = model.embed_tokens.weight.device, model.layers[0].self_attn.o_proj.weight.dtype
-        self.layers = [LayerCache(model.config, batch_size, max_len, device, dtype) for _ in model.layers]
+        self.end = torch.zeros((), dtype=torch.int32, device=device)  # length, where a kernel can read it
+        self.layers = [LayerCache(model.config, batch_size, max_len, self.end, dtype) for _ in model.layers]
+
+    def advance(self, tokens):
+        """Make room for new tokens. Raises ValueError if there is none."""
+        if self.length + tokens > self.max_len:
+            raise ValueError(f"{self.length + tokens} tokens do not fit a cache of {self.max_len}")
+        self.length += tokens
+        self.end.fill_(self.length)
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -754,42 +879,44 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. They stay on the GPU, nothing waits for them. Only widths that are no
-    multiple of 16 bytes take the loop, which does wait.
+    offsets (E): where each expert's rows end. They stay on the GPU and nothing waits for them, but in the loop for other
+    dtypes than bf16 and for widths that are no multiple of 16 bytes.
     """
-    if x.is_cuda and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets.to(torch.int32))
-    return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows_of(offsets)), weight.unbind())])
-
-
-def rows_of(offsets):
-    """How many rows each expert has, as a list."""
-    return offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    if x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    rows = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), weight.unbind())])
 
 
 class Permute(torch.autograd.Function):
-    """x[order], whose gradient is one more gather (autograd's own would add rows one by one)."""
+    """x[order], whose gradient is one copy back (autograd's own would add rows one by one)."""
 
     @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
+    def forward(ctx, x, order):
+        ctx.save_for_backward(order)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        (order,) = ctx.saved_tensors
+        return torch.empty_like(grad).index_copy_(0, order, grad), None
+
+
+@torch.compiler.disable  # it reads how many tokens each expert has
+def experts_on_cpu(x, probability, choice, gate_up, down):
+    """dispatch, experts and combine on a CPU, in few passes over memory."""
+    rows = choice.bincount(minlength=len(down)).tolist()
+    return ExpertsOnCPU.apply(x, probability.to(x.dtype), gate_up, down, choice.argsort(stable=True), rows)
 
 
 class ExpertsOnCPU(torch.autograd.Function):
     """Permute, experts and combine, with their gradient in few passes.
 
-    x (N, D), probability (N), gate_up (E, 2F, D), down (E, D, F), order (N): tokens by expert, offsets (E) -> (N, D)
+    x (N, D), probability (N), gate_up (E, 2F, D), down (E, D, F), order (N): tokens by expert, rows: E numbers -> (N, D)
     """
 
     @staticmethod
-    def forward(ctx, x, probability, gate_up, down, order, offsets):
-        rows = rows_of(offsets)
+    def forward(ctx, x, probability, gate_up, down, order, rows):
         x, p = x.index_select(0, order), probability.index_select(0, order)[:, None]
         hidden = products(x, gate_up, rows)
         gate, up = hidden.chunk(2, dim=-1)

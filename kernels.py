@@ -1,0 +1,1486 @@
+"""The Triton twins of zaya.py's hot functions, forward and backward: same names, same arguments, same results.
+
+    python kernels.py                          check and time every kernel against its eager twin on this machine's GPU
+    TRITON_INTERPRET=1 python kernels.py       check them without a GPU, in Triton's interpreter
+    python kernels.py --compile_for gfx942     compile them for an MI300X, which need not be there: registers, spills, LDS
+
+Read zaya.py first: what a function computes is said there, how it is made fast is said here. Each part below has the
+same order: the idea as pseudo-code, the kernels, the torch operators that launch them, the function that zaya.py calls.
+
+Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX
+columns, X itself rounded up to a power of two where one block must hold it all; what lies beyond an edge is masked.
+Index arrays:
+  choice     (N)  the expert of token n
+  positions  (N)  the row of token n when tokens are sorted by expert
+  offsets    (E)  where each expert's rows end; expert e has rows offsets[e - 1] to offsets[e] - 1
+
+Rules that all kernels keep: sums in fp32; no atomic addition of floats, so the same run gives the same bits; what a
+program adds up over its tokens goes to a row of its own in a `partial` tensor, and one torch sum finishes the work;
+nothing waits for the GPU.
+"""
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import kernels` finds a running script, too
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations. One a kernel and architecture, fixed: no search at run time.
+
+# BT, BM: tokens a program; BN, BF, BO: columns of its result; BK: how deep one step of a product goes.
+# gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
+#   ahead) for a plain product; one for what holds two accumulators or is no product: LDS and registers are better
+#   spent on more waves. 8 waves halve the registers a thread, so that nothing spills.
+# sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
+# other: small enough for every GPU, and for the interpreter.
+CONFIGS = {
+    "gfx942": {
+        "cca": dict(BT=64, BK=32, num_warps=8, num_stages=1),
+        "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=2),
+        "router": dict(BT=32, BN=32, num_warps=4, num_stages=1),
+        "dispatch": dict(BT=64, BD=256, num_warps=4, num_stages=1),
+        "swiglu": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=1),
+        "grouped": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=2),
+        "merge": dict(num_warps=4, num_stages=1),
+        "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
+        "past": dict(BS=64, num_warps=4, num_stages=1),
+    },
+    "sm_90": {
+        "cca": dict(BT=64, BK=64, num_warps=4, num_stages=2),
+        "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=3),
+        "router": dict(BT=64, BN=32, num_warps=8, num_stages=2),
+        "dispatch": dict(BT=64, BD=256, num_warps=4, num_stages=1),
+        "swiglu": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
+        "grouped": dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3),
+        "merge": dict(num_warps=4, num_stages=1),
+        "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
+        "past": dict(BS=64, num_warps=4, num_stages=2),
+    },
+    "other": {
+        "cca": dict(BT=32, BK=32, num_warps=4, num_stages=1),
+        "cca_filters": dict(BT=32, BK=32, num_warps=4, num_stages=1),
+        "router": dict(BT=32, BN=32, num_warps=4, num_stages=1),
+        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
+        "swiglu": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
+        "grouped": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
+        "merge": dict(num_warps=4, num_stages=1),
+        "few": dict(BF=4, BK=512, num_warps=4, num_stages=1),
+        "past": dict(BS=32, num_warps=4, num_stages=1),
+    },
+}
+PROGRAMS = 1216  # of a kernel that loops over its work: 4 for each of an MI300X's 304 CUs, 9 for each of an H200's SMs
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy: slow, exact
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+
+@lru_cache
+def architecture():
+    """The name of the GPU at hand's."""
+    if not torch.cuda.is_available():
+        return "none"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    return "sm_%d%d" % torch.cuda.get_device_capability()
+
+
+def config(kernel):
+    return CONFIGS.get(launch.architecture or architecture(), CONFIGS["other"])[kernel]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching, and torch operators
+
+
+class Launcher:
+    """launch(kernel, grid, *args, **constants) is what every operator calls. `instead`, where set, gets the kernel and
+    its arguments, and nothing runs; `architecture`, where set, is taken for the GPU's."""
+
+    instead = architecture = None
+
+    def __call__(self, kernel, grid, *args, **constants):
+        if self.instead:
+            self.instead(kernel, args, constants)
+        else:
+            kernel[grid](*args, **constants)
+
+
+launch = Launcher()
+
+
+def operator(function):
+    """Make a function that allocates its results and launches kernels a torch operator: torch.compile neither looks
+    into it nor breaks its graph there. Asked for shapes alone, it does the same and launches nothing."""
+
+    def shapes(*args):
+        instead = launch.instead
+        launch.instead = instead or (lambda kernel, args, constants: None)
+        try:
+            return function(*args)
+        finally:
+            launch.instead = instead
+
+    op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=())
+    op.register_fake(shapes)
+    return op
+
+
+def block(size, least=16):
+    """The power of two that holds a whole dimension, at least what a product needs."""
+    return max(least, next_power_of_2(size))
+
+
+@triton.jit
+def product(a, b, acc):
+    """acc + a @ b; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. CCA: everything between the projections and the attention, in one pass
+#
+# Two convolutions with nothing between them are one. The first scales channel i by w[i, a] at tap a, the second mixes by
+# W[b, i, o]; together tap a + b mixes by w[i, a] * W[b, i, o], and the first one's bias becomes a constant, for the text is
+# padded once before both. With the released 2 and 2 taps that is 3 taps of h x h for a head: half as much again to
+# multiply, but plain matrix products, which is what tensor cores and MFMA do. So, for a head and BT tokens:
+#
+#     acc = bias                                         (BT, h) fp32
+#     for tap, for BK channels:
+#         acc += rows[t - P + tap, channels] @ filters[tap, channels, :]
+#     acc += q-k mean; acc *= length / |acc|; rotate; store
+#
+# The backward pass computes acc again (cheaper than 4 bytes a number stored and read), goes back through rotation and
+# norm to the gradient of acc, and then: that of the rows is the same loop with taps and filters transposed; that of the
+# filters a product over all tokens.
+
+
+@triton.jit
+def load_rows(rows, stride, b, t, T, column, columns):
+    """rows[b, t, column], 0 beyond the edges. rows (B, T, stride), t (BT), column (BX) -> (BT, BX)."""
+    at = rows + (b * T + t)[:, None] * stride + column[None, :]
+    return tl.load(at, mask=((t >= 0) & (t < T))[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.constexpr, TAPS: tl.constexpr,
+             BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """One head's sum over taps of rows @ filter -> (BT, BH) fp32. BACKWARD: in the other direction of time."""
+    out = tl.arange(0, BH)
+    acc = tl.zeros((BT, BH), tl.float32)
+    for tap in range(TAPS):
+        row = t + (TAPS - 1 - tap) if BACKWARD else t - (TAPS - 1) + tap
+        for k0 in range(0, h, BK):
+            k = k0 + tl.arange(0, BK)
+            x = load_rows(rows, stride, b, row, T, head * h + k, (head + 1) * h)
+            if not BACKWARD:  # before the first token: what the cache remembers, or zeros
+                row_of_past = row + (TAPS - 1)
+                x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
+                             mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
+            in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
+            w = tl.load(filters + ((tap * H + head) * h + in_) * h + out_,
+                        mask=(k < h)[:, None] & (out < h)[None, :], other=0.0)  # fmt: skip
+            acc = product(x, w, acc)
+    return acc
+
+
+@triton.jit
+def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+                       BH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """A head's part in the q-k mean: half of itself, half of its key or of its queries' mean. BACKWARD: transposed."""
+    GROUP: tl.constexpr = Hq // Hk
+    c = tl.arange(0, BH)
+    is_key = head >= Hq
+    partner = tl.where(is_key, (head - Hq) * GROUP, Hq + head // GROUP)
+    acc = tl.zeros((t.shape[0], BH), tl.float32)
+    for i in range(tl.where(is_key, GROUP, 1)):
+        acc += load_rows(rows, stride, b, t, T, (partner + i) * h + c, (partner + i + 1) * h).to(tl.float32)
+    acc *= tl.where(is_key != BACKWARD, 1.0 / GROUP, 1.0)
+    return 0.5 * (acc + load_rows(rows, stride, b, t, T, head * h + c, (head + 1) * h).to(tl.float32))
+
+
+@triton.jit
+def turn(x, cos, sin, t, T, h: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr):
+    """RoPE: channels c and c + HALF turn in their plane, channels from 2 * HALF on stay. SIGN -1 turns back."""
+    c = tl.arange(0, BH)
+    partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+    other = tl.gather(x, tl.broadcast_to(partner[None, :], (BT, BH)), axis=1)
+    at, mask = t[:, None] * HALF + (c % HALF)[None, :], (t < T)[:, None] & (c < 2 * HALF)[None, :]
+    cosine, sine = tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
+    return x * cosine + other * sine * tl.where(c < HALF, -SIGN, SIGN)[None, :]
+
+
+@triton.jit
+def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v, T, stride, Hq: tl.constexpr,
+                       Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr,
+                       BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (T / BT, H + 1, B). A program owns BT tokens of one head; the last of the H + 1, those of the values."""
+    # Who am I
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    H: tl.constexpr = Hq + Hk
+    if head == H:  # values: the second half of their channels comes from the token before
+        HALF_V: tl.constexpr = Hk * h // 2
+        for c0 in range(0, Hk * h, BH):
+            column = c0 + c
+            late = column >= HALF_V
+            row = t[:, None] - late[None, :].to(tl.int32)
+            inside = (t < T)[:, None] & (column < Hk * h)[None, :]
+            x = tl.load(qkv + (b * T + row) * stride + H * h + column[None, :], mask=inside & (row >= 0), other=0.0)
+            x += tl.load(v_before + b * HALF_V + column[None, :] - HALF_V + row * 0, mask=inside & (row < 0), other=0.0)
+            tl.store(v + (b * T + t)[:, None] * (Hk * h) + column[None, :], x, mask=inside)
+    else:
+        # Convolve, mean
+        x = convolve(qkv, past, filters, b, t, head, T, stride, H, h, TAPS, BT, BH, BK, False)
+        x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
+        x += mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+        # Normalise, rotate
+        norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
+        length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+        x = turn(x * (length / norm)[:, None], cos, sin, t, T, h, HALF, BT, BH, 1)
+        # Write
+        mask = (t < T)[:, None] & (c < h)[None, :]
+        if head < Hq:
+            tl.store(q + ((b * T + t) * Hq + head)[:, None] * h + c[None, :], x.to(q.dtype.element_ty), mask=mask)
+        else:
+            tl.store(k + ((b * T + t) * Hk + head - Hq)[:, None] * h + c[None, :], x.to(k.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad, partial, T, stride,
+                             Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
+                             TAPS: tl.constexpr, EPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+                             BK: tl.constexpr):  # fmt: skip
+    """Grid (T / BT, H, B): from the gradients of q and k to that of the convolutions' and the mean's sum, (B, T, C).
+
+    partial (B * T / BT, H, h + 1): a program's sums over its tokens for the bias, and in the last column for temp.
+    """
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    H: tl.constexpr = Hq + Hk
+    # The forward pass again, to the direction of x (a unit vector a token) and its norm
+    x = convolve(qkv, past, filters, b, t, head, T, stride, H, h, TAPS, BT, BH, BK, False)
+    x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
+    x += mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+    raw_norm = tl.sqrt(tl.sum(x * x, axis=1))
+    norm = tl.maximum(raw_norm, EPS)
+    x = x / norm[:, None]
+    # Back through rotation and norm: what is along x changes no direction
+    if head < Hq:
+        grad_x = load_rows(grad_q, Hq * h, b, t, T, head * h + c, (head + 1) * h).to(tl.float32)
+    else:
+        grad_x = load_rows(grad_k, Hk * h, b, t, T, (head - Hq) * h + c, (head - Hq + 1) * h).to(tl.float32)
+    grad_x = turn(grad_x, cos, sin, t, T, h, HALF, BT, BH, -1)
+    along = tl.sum(grad_x * x, axis=1)
+    length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+    grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
+    # Write
+    inside = (t < T)[:, None] & (c < h)[None, :]
+    tl.store(grad + (b * T + t)[:, None] * (H * h) + head * h + c[None, :], grad_x.to(grad.dtype.element_ty), mask=inside)
+    own = partial + ((b * tl.num_programs(0) + tl.program_id(0)) * H + head) * (h + 1)
+    tl.store(own + c, tl.sum(tl.where(inside, grad_x, 0.0), axis=0), mask=c < h)
+    tl.store(own + h, tl.sum(tl.where(t < T, along, 0.0), axis=0) * tl.sqrt(h * 1.0))
+
+
+@triton.jit
+def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.constexpr, Hk: tl.constexpr,
+                             h: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+                             BK: tl.constexpr):  # fmt: skip
+    """Grid (T / BT, H + 1, B), as forward: the gradient of [q0 | k0 | v_now | v_late]."""
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    H: tl.constexpr = Hq + Hk
+    at = grad_qkv + (b * T + t)[:, None] * stride
+    if head == H:
+        for c0 in range(0, Hk * h, BH):
+            column = c0 + c
+            row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int32)
+            mask = (column < Hk * h)[None, :]
+            x = tl.load(grad_v + (b * T + row) * (Hk * h) + column[None, :], mask=mask & (row < T), other=0.0)
+            tl.store(at + H * h + column[None, :], x, mask=mask & (t < T)[:, None])
+    else:
+        x = convolve(grad, grad, filters, b, t, head, T, H * h, H, h, TAPS, BT, BH, BK, True)
+        x += mean_with_partners(grad, b, t, head, T, H * h, Hq, Hk, h, BH, True)
+        tl.store(at + head * h + c[None, :], x.to(grad_qkv.dtype.element_ty), mask=(t < T)[:, None] & (c < h)[None, :])
+
+
+@triton.jit
+def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, H: tl.constexpr, h: tl.constexpr,
+                                TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (parts, TAPS * H, h / BK): a program owns BK rows of a filter's gradient and adds up its part of the tokens.
+
+    partial (parts, TAPS, H, h, h) fp32.
+    """
+    part, tap, head = tl.program_id(0).to(tl.int64), tl.program_id(1) // H, tl.program_id(1) % H
+    in_, out = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BH)
+    acc = tl.zeros((BK, BH), tl.float32)
+    for first in range(part * tokens, tl.minimum((part + 1) * tokens, N), BT):
+        n = first + tl.arange(0, BT)
+        b, row = n // T, n % T - (TAPS - 1) + tap
+        column, inside = (head * h + in_)[None, :], (n < N)[:, None] & (in_ < h)[None, :]
+        x = tl.load(qkv + (b * T + row)[:, None] * stride + column, mask=inside & (row >= 0)[:, None], other=0.0)
+        x += tl.load(past + (b * (TAPS - 1) + row + TAPS - 1)[:, None] * (H * h) + column,
+                     mask=inside & (row < 0)[:, None], other=0.0)  # fmt: skip
+        g = tl.load(grad + n[:, None] * (H * h) + (head * h + out)[None, :],
+                    mask=(n < N)[:, None] & (out < h)[None, :], other=0.0)  # fmt: skip
+        acc = product(tl.trans(x), g, acc)
+    at = partial + (((part * TAPS + tap) * H + head) * h + in_)[:, None] * h + out[None, :]
+    tl.store(at, acc, mask=(in_ < h)[:, None] & (out < h)[None, :])
+
+
+EPS = torch.finfo(torch.float32).eps  # the smallest norm that a head is divided by
+
+
+@operator
+def cca_forward(
+    qkv: Tensor, past: Tensor, v_before: Tensor, filters: Tensor, bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
+    (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
+    q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
+    c = config("cca")
+    launch(
+        cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
+        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, EPS=EPS, BH=block(h), **c,
+    )  # fmt: skip
+    return q, k, v
+
+
+@operator
+def cca_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, past: Tensor, filters: Tensor, bias: Tensor,
+    temp: Tensor, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
+    (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
+    c = config("cca")
+    blocks = cdiv(T, c["BT"])
+    shape = dict(Hk=Hk, h=h, TAPS=TAPS, BH=block(h))
+    grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
+    launch(
+        cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
+        partial, T, width, Hq=H - Hk, HALF=cos.shape[-1], EPS=EPS, **shape, **c,
+    )  # fmt: skip
+    grad_qkv = torch.empty_like(qkv)
+    launch(
+        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, **shape, **c
+    )
+    c = config("cca_filters")
+    tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
+    parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
+    grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
+    del shape["Hk"]
+    launch(cca_filters_backward_kernel, grid, grad, qkv, past, parts, B * T, T, width, tokens, H=H, **shape, **c)
+    return grad_qkv, parts.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
+
+
+def save_for_cca(ctx, inputs, output):
+    qkv, past, _, *rest = inputs
+    ctx.save_for_backward(qkv, past, *rest)
+
+
+def cca_gradient(ctx, grad_q, grad_k, grad_v):
+    grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
+    grad_qkv, grad_filters, sums = cca_backward(*grads, *ctx.saved_tensors)
+    return grad_qkv, None, None, grad_filters, sums[:, :-1].flatten(), sums[-grad_k.shape[2] :, -1], None, None
+
+
+cca_forward.register_autograd(cca_gradient, setup_context=save_for_cca)
+
+
+def one_convolution(depthwise, grouped):
+    """The two convolutions as one -> filters (TAPS, H, in, out) and bias (C), in fp32."""
+    (w, w_bias), (W, W_bias) = depthwise, grouped
+    C, h, taps = W.shape
+    W = W.float().view(C // h, h, h, taps).permute(3, 0, 2, 1)  # (H, out, in, tap) -> (tap, H, in, out)
+    w = w.float().view(C // h, h, 1, -1)
+    padded = torch.nn.functional.pad(W, (0, 0) * 3 + (w.shape[-1] - 1,) * 2)  # the shorter filter slides over the longer
+    last = w.shape[-1] - 1
+    filters = sum(w[..., a] * padded[last - a : last - a + taps + last] for a in range(last + 1))
+    bias = (w_bias.float().view(1, C // h, 1, h) @ W).sum(dim=0).flatten() + W_bias
+    return filters, bias
+
+
+def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
+    filters, bias = one_convolution(depthwise, grouped)
+    filters = filters.to(qkv.dtype).contiguous()
+    return cca_forward(qkv.contiguous(), past.contiguous(), v_before.contiguous(), filters, bias, temp, cos, sin)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Router: from its input to the choice, in one launch
+#
+# A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is made
+# BN units at a time and given to the second at once, so that both need no more than BT x R numbers:
+#
+#     a = normed state                                   (BT, R)
+#     for BN units of the first layer:
+#         second += gelu(a @ W1[units].T + b1[units]) @ W2[:, units].T
+#     for BE classes: running max and sum of exp(gelu(second + b2) @ W3[classes].T)
+#     for BE classes: the largest probability + bias
+#
+# Backward goes the same way in reverse, and writes what the gradients of the three matrices are made of (bf16, (N, R)):
+# they are sums over all tokens, products that torch does well.
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def load_matrix(matrix, row, rows, column, columns):
+    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges; row and column broadcast."""
+    return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
+
+
+@triton.jit
+def think(a, W1, b1, W2, b2, R: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
+    """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32."""
+    c = tl.arange(0, BR)
+    acc = tl.zeros((BT, BR), tl.float32)
+    for n0 in range(0, R, BN):
+        n = n0 + tl.arange(0, BN)
+        w1 = load_matrix(W1, n[None, :], R, c[:, None], R)
+        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + tl.load(b1 + n, mask=n < R, other=0.0)[None, :]
+        w2 = load_matrix(W2, c[None, :], R, n[:, None], R)
+        acc = product(gelu(first).to(a.dtype), w2, acc)
+    return acc + tl.load(b2 + c, mask=c < R, other=0.0)[None, :]
+
+
+@triton.jit
+def softmax_parts(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                  BE: tl.constexpr):  # fmt: skip
+    """The maximum of the logits and the sum of their exponentials, (BT) each."""
+    largest, total = tl.full((BT,), float("-inf"), tl.float32), tl.zeros((BT,), tl.float32)
+    for e0 in range(0, CLASSES, BE):
+        z = logits(thought, W3, e0, R, CLASSES, BT, BR, BE)
+        new = tl.maximum(largest, tl.max(z, axis=1))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
+        largest = new
+    return largest, total
+
+
+@triton.jit
+def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+           BE: tl.constexpr):  # fmt: skip
+    """Those of BE classes from e0 on, -inf for what is no class."""
+    e = e0 + tl.arange(0, BE)
+    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
+    z = product(thought, w3, tl.zeros((BT, BE), tl.float32))
+    return tl.where((e < CLASSES)[None, :], z, float("-inf"))
+
+
+@triton.jit
+def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
+                          state, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
+                          BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT). DEEP: there is a state before. counts (CLASSES) int32 start at 0."""
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
+    if DEEP:
+        g = tl.load(gamma + c, mask=c < R, other=0.0)
+        x += load_matrix(before, n[:, None], N, c[None, :], R) * g[None, :]
+    tl.store(state + n[:, None] * R + c[None, :], x, mask=(n < N)[:, None] & (c < R)[None, :])
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
+    a = x * inverse[:, None] * tl.load(norm + c, mask=c < R, other=0.0)[None, :]
+    thought = gelu(think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, R, BT, BR, BN)).to(W1.dtype.element_ty)
+    largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
+    best = tl.full((BT,), float("-inf"), tl.float32)
+    chosen, p_chosen = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.float32)
+    for e0 in range(0, CLASSES, BE):
+        e = e0 + tl.arange(0, BE)
+        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
+        score = tl.where((e < CLASSES)[None, :], p + tl.load(balancing + e, mask=e < CLASSES)[None, :], float("-inf"))
+        top, where = tl.max(score, axis=1, return_indices=True)
+        p_top = tl.sum(tl.where(e[None, :] == e0 + where[:, None], p, 0.0), axis=1)
+        chosen, p_chosen = tl.where(top > best, e0 + where, chosen), tl.where(top > best, p_top, p_chosen)
+        best = tl.maximum(best, top)
+    tl.store(probability + n, p_chosen, mask=n < N)
+    tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
+    for e0 in range(0, CLASSES, BE):  # integers may be added in any order
+        e = e0 + tl.arange(0, BE)
+        hits = tl.sum(((chosen[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
+        tl.atomic_add(counts + e, hits, mask=(e < CLASSES) & (hits > 0), sem="relaxed")
+
+
+@triton.jit
+def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice, normed,
+                           hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
+                           R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
+                           BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
+    factors of the matrices' gradients: normed, hidden, thought_ (what entered the three layers), grad_first,
+    grad_second, grad_logits. partial (N / BT, 4, R): sums for norm, gamma, b1, b2."""
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    dtype: tl.constexpr = W1.dtype.element_ty
+    at, inside = n[:, None] * R + c[None, :], (n < N)[:, None] & (c < R)[None, :]
+    own = partial + tl.program_id(0).to(tl.int64) * 4 * R
+    # Forward again
+    x = tl.load(state + at, mask=inside, other=0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
+    weight = tl.load(norm + c, mask=c < R, other=0.0)
+    a = (x * inverse[:, None] * weight[None, :]).to(dtype)
+    tl.store(normed + at, a, mask=inside)
+    second = think(a, W1, b1, W2, b2, R, BT, BR, BN)
+    thought = gelu(second).to(dtype)
+    tl.store(thought_ + at, thought, mask=inside)
+    largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
+    # Third layer: d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
+    chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
+    dp = tl.load(grad_p + n, mask=n < N, other=0.0)
+    p_chosen = tl.zeros((BT,), tl.float32)
+    for e0 in range(0, CLASSES, BE):
+        e = e0 + tl.arange(0, BE)
+        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
+        p_chosen += tl.sum(tl.where(e[None, :] == chosen[:, None], p, 0.0), axis=1)
+    g = tl.zeros((BT, BR), tl.float32)
+    for e0 in range(0, CLASSES, BE):
+        e = e0 + tl.arange(0, BE)
+        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
+        dz = ((dp * p_chosen)[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
+        tl.store(grad_logits + n[:, None] * CLASSES + e[None, :], dz, mask=(n < N)[:, None] & (e < CLASSES)[None, :])
+        g = product(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
+    # Second layer
+    g = g * gelu_slope(second)
+    tl.store(own + 3 * R + c, tl.sum(g, axis=0), mask=c < R)
+    g = g.to(dtype)
+    tl.store(grad_second + at, g, mask=inside)
+    # First layer, BN units at a time
+    da = tl.zeros((BT, BR), tl.float32)
+    for u0 in range(0, R, BN):
+        u = u0 + tl.arange(0, BN)
+        w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
+        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + tl.load(b1 + u, mask=u < R, other=0.0)[None, :]
+        w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
+        du = product(g, w2, tl.zeros((BT, BN), tl.float32)) * gelu_slope(first)
+        tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
+        at_u, inside_u = n[:, None] * R + u[None, :], (n < N)[:, None] & (u < R)[None, :]
+        tl.store(hidden + at_u, gelu(first).to(dtype), mask=inside_u)
+        tl.store(grad_first + at_u, du.to(dtype), mask=inside_u)
+        da = product(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
+    # Norm, depth averaging
+    x = tl.load(state + at, mask=inside, other=0.0)
+    direction = x * inverse[:, None]
+    tl.store(own + c, tl.sum(da * direction, axis=0), mask=c < R)
+    da *= weight[None, :]
+    dx = (da - direction * (tl.sum(da * direction, axis=1) / R)[:, None]) * inverse[:, None]
+    dx += tl.load(grad_state + at, mask=inside, other=0.0)
+    if DEEP:
+        tl.store(own + R + c, tl.sum(dx * tl.load(before + at, mask=inside, other=0.0), axis=0), mask=c < R)
+    tl.store(grad_r + at, dx, mask=inside)
+
+
+def router_shape(r, W3):
+    N, R = r.shape
+    c = config("router")
+    return N, (cdiv(N, c["BT"]),), dict(R=R, CLASSES=len(W3), BR=block(R), BE=min(32, block(len(W3)))) | c
+
+
+@operator
+def router_forward(
+    r: Tensor, before: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
+    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.route."""
+    N, grid, shape = router_shape(r, W3)
+    probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
+    choice = r.new_empty(N, dtype=torch.int64)
+    counts = r.new_zeros(len(W3), dtype=torch.int32)
+    launch(
+        router_forward_kernel, grid, r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
+        counts, state, N, DEEP=before is not None, **shape,
+    )  # fmt: skip
+    return probability, choice, counts, state
+
+
+@operator
+def router_backward(
+    grad_p: Tensor, grad_state: Tensor, state: Tensor, before: Tensor | None, gamma: Tensor | None, norm: Tensor,
+    eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor, choice: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
+    N, grid, shape = router_shape(state, W3)
+    R = shape["R"]
+    normed, hidden, thought, grad_first, grad_second = (W1.new_empty(N, R) for _ in range(5))
+    grad_logits, grad_r = W1.new_empty(N, len(W3)), torch.empty_like(state)
+    partial = state.new_empty(grid[0], 4, R)
+    launch(
+        router_backward_kernel, grid, grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice,
+        normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, DEEP=before is not None,
+        **shape,
+    )  # fmt: skip
+    d_W1, d_W2, d_W3 = grad_first.t() @ normed, grad_second.t() @ hidden, grad_logits.t() @ thought
+    return grad_r, d_W1, d_W2, d_W3, partial.sum(dim=0)
+
+
+def save_for_router(ctx, inputs, output):
+    r, before, gamma, norm, eps, W1, b1, W2, b2, W3, _ = inputs
+    _, choice, _, state = output
+    ctx.save_for_backward(state, before, gamma, norm, W1, b1, W2, b2, W3, choice)
+    ctx.eps, ctx.dtype = eps, r.dtype
+    ctx.mark_non_differentiable(choice, output[2])
+
+
+def router_gradient(ctx, grad_p, _choice, _counts, grad_state):
+    state, before, gamma, norm, W1, *rest = ctx.saved_tensors
+    if grad_state is None:
+        grad_state = torch.zeros_like(state)
+    grads = grad_p.contiguous(), grad_state.contiguous()
+    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, state, before, gamma, norm, ctx.eps, W1, *rest)
+    d_norm, d_gamma, d_b1, d_b2 = sums
+    d_before, d_gamma = (None, None) if before is None else (grad_r * gamma, d_gamma)
+    d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
+    return grad_r.to(ctx.dtype), d_before, d_gamma, d_norm, None, *d_layers, None
+
+
+router_forward.register_autograd(router_gradient, setup_context=save_for_router)
+
+
+def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing):
+    return router_forward(r, before, gamma, norm, eps, *fc1, *fc2, out, balancing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Dispatch: the tokens of each expert together, without a sort
+#
+#     counts[e, block] = how many of the block's BT tokens chose e
+#     starts = exclusive prefix sum of counts, read expert by expert
+#     position of a token = starts[its expert, its block] + how many before it in its block chose the same
+#
+# The order is that of a stable sort. Rows move once; on the way back each token fetches its row, so no two programs
+# ever write to one place.
+
+
+@triton.jit
+def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    """Grid (N / BT). counts (E, N / BT) int32."""
+    n = tl.program_id(0) * BT + tl.arange(0, BT)
+    expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
+    for e0 in range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        hits = tl.sum(((expert[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
+        tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits, mask=e < E)
+
+
+@triton.jit
+def dispatch_kernel(x, choice, counts, ends, sorted_x, positions, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT, D / BD): BT tokens' places, and BD columns of their rows."""
+    i = tl.arange(0, BT)
+    n, d = tl.program_id(0) * BT + i, tl.program_id(1) * BD + tl.arange(0, BD)
+    expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
+    rank = tl.sum(((expert[None, :] == expert[:, None]) & (i[None, :] < i[:, None])).to(tl.int64), axis=1)
+    at = expert * tl.num_programs(0) + tl.program_id(0)
+    position = tl.load(ends + at) - tl.load(counts + at) + rank
+    if tl.program_id(1) == 0:
+        tl.store(positions + n, position, mask=n < N)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    rows = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside)
+    tl.store(sorted_x + position[:, None] * D + d[None, :], rows, mask=inside)
+
+
+@triton.jit
+def combine_kernel(y, positions, probability, out, N, D, WEIGHED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT, D / BD): out[n] = y[positions[n]], times probability[n] if WEIGHED."""
+    n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    position = tl.load(positions + n, mask=n < N, other=0)
+    rows = tl.load(y + position[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if WEIGHED:
+        rows = (rows * tl.load(probability + n, mask=n < N, other=0.0)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + n.to(tl.int64)[:, None] * D + d[None, :], rows, mask=inside)
+
+
+@triton.jit
+def combine_backward_kernel(grad, y, positions, probability, grad_y, grad_p, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT): grad_y[positions[n]] = probability[n] * grad[n], grad_p[n] = grad[n] . y[positions[n]]."""
+    n = tl.program_id(0) * BT + tl.arange(0, BT)
+    position = tl.load(positions + n, mask=n < N, other=0)
+    p = tl.load(probability + n, mask=n < N, other=0.0).to(tl.float32)
+    dot = tl.zeros((BT,), tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        g = tl.load(grad + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        rows = tl.load(y + position[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        dot += tl.sum(g * rows, axis=1)
+        tl.store(grad_y + position[:, None] * D + d[None, :], (g * p[:, None]).to(grad_y.dtype.element_ty), mask=inside)
+    tl.store(grad_p + n, dot.to(grad_p.dtype.element_ty), mask=n < N)
+
+
+@operator
+def dispatch_forward(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As zaya.dispatch."""
+    (N, D), c = x.shape, config("dispatch")
+    BT, BD = c["BT"], c["BD"]
+    blocks = cdiv(N, BT)
+    counts = choice.new_empty(E, blocks, dtype=torch.int32)
+    launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=min(32, block(E)), num_warps=4, num_stages=1)
+    ends = counts.flatten().cumsum(dim=0, dtype=torch.int64)
+    sorted_x, positions = torch.empty_like(x), torch.empty_like(choice)
+    launch(dispatch_kernel, (blocks, cdiv(D, BD)), x, choice, counts, ends, sorted_x, positions, N, D, **c)
+    return sorted_x, positions, ends.view(E, blocks)[:, -1].to(torch.int32)
+
+
+@operator
+def combine_forward(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
+    """As zaya.combine; without probabilities only the rows move."""
+    (N, D), c, out = y.shape, config("dispatch"), torch.empty_like(y)
+    grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
+    launch(combine_kernel, grid, y, positions, probability, out, N, D, WEIGHED=probability is not None, **c)
+    return out
+
+
+@operator
+def combine_backward(grad: Tensor, y: Tensor, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+    (N, D), c = y.shape, config("dispatch") | dict(BT=16)
+    grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
+    launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, positions, probability, grad_y, grad_p, N, D, **c)
+    return grad_y, grad_p
+
+
+def save_for_dispatch(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def dispatch_gradient(ctx, grad, _positions, _offsets):
+    return combine_forward(grad.contiguous(), *ctx.saved_tensors, None), None, None
+
+
+def save_for_combine(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def combine_gradient(ctx, grad):
+    grad_y, grad_p = combine_backward(grad.contiguous(), *ctx.saved_tensors)
+    return grad_y, None, grad_p
+
+
+dispatch_forward.register_autograd(dispatch_gradient, setup_context=save_for_dispatch)
+combine_forward.register_autograd(combine_gradient, setup_context=save_for_combine)
+dispatch, combine = dispatch_forward, combine_forward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Experts: products of sorted rows, each with its own expert's matrices
+#
+# Rows are cut into tiles of BM that belong to one expert; how many tiles that makes, only the GPU knows. So a fixed
+# number of programs share the tiles out among themselves:
+#
+#     for tile in (my number, my number + programs, ...) while there are tiles:
+#         expert, rows = look the tile up in offsets
+#         acc = x[rows] @ weight[expert].T          BK columns at a time
+#         write acc
+#
+# Forward, the gate's and the up's columns are made in one program, which can then apply SwiGLU before it writes.
+# Backward, the product with `down` does the same in reverse; a matrix's gradient is a product over its expert's rows.
+
+
+@triton.jit
+def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Which expert, first row, last row and column tile a tile is; and how many tiles there are in all.
+
+    Tiles are counted down GROUP row tiles before the next column, so that what runs at one time shares its operands.
+    """
+    e = tl.arange(0, EP)
+    end = tl.load(offsets + e, mask=e < E, other=0)
+    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = tl.cdiv(end - start, BM)
+    last = tl.cumsum(tiles, axis=0)
+    total = tl.sum(tiles, axis=0)
+    group = tile // (GROUP * columns)
+    height = tl.minimum(total - group * GROUP, GROUP)
+    row_tile = group * GROUP + (tile % (GROUP * columns)) % height
+    column_tile = (tile % (GROUP * columns)) // height
+    expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
+    mine = e == expert
+    row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
+    return expert, row, tl.sum(tl.where(mine, end, 0), axis=0), column_tile
+
+
+@triton.jit
+def count_tiles(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    e = tl.arange(0, EP)
+    end = tl.load(offsets + e, mask=e < E, other=0)
+    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    return tl.sum(tl.cdiv(end - start, BM), axis=0)
+
+
+@triton.jit
+def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr,
+                  GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
+
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN of its F units. weight (E, 2F, D).
+    """
+    columns = tl.cdiv(F, BN)
+    for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
+        expert, row, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+        m, u = row.to(tl.int64) + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+        w = weight + expert.to(tl.int64) * 2 * F * D
+        gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+        for k0 in range(0, D, BK):
+            k = k0 + tl.arange(0, BK)
+            rows = tl.load(x + m[:, None] * D + k[None, :], mask=(m < end)[:, None] & (k < D)[None, :], other=0.0)
+            at, inside = u[None, :] * D + k[:, None], (u < F)[None, :] & (k < D)[:, None]
+            gate = product(rows, tl.load(w + at, mask=inside, other=0.0), gate)
+            up = product(rows, tl.load(w + F * D + at, mask=inside, other=0.0), up)
+        inside = (m < end)[:, None] & (u < F)[None, :]
+        if KEEP:
+            at = hidden + m[:, None] * 2 * F + u[None, :]
+            tl.store(at, gate.to(hidden.dtype.element_ty), mask=inside)
+            tl.store(at + F, up.to(hidden.dtype.element_ty), mask=inside)
+        result = gate * tl.sigmoid(gate) * up
+        tl.store(act + m[:, None] * F + u[None, :], result.to(act.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_kernel(x, weight, offsets, out, hidden, act, K, M, stride_e, stride_m, stride_k, E: tl.constexpr,
+                   EP: tl.constexpr, SWIGLU_BACKWARD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """out (N, M) = x (N, K) @ weight[expert].T, weight (E, M, K) by its strides.
+
+    SWIGLU_BACKWARD: that product is the gradient of act (N, M); with `hidden` = [gate | up] (N, 2M) act itself is
+    computed again and written, and out (N, 2M) is the gradient of hidden.
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
+    """
+    columns = tl.cdiv(M, BN)
+    for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
+        expert, row, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+        m, c = row.to(tl.int64) + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
+        w = weight + expert.to(tl.int64) * stride_e
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k0 in range(0, K, BK):
+            k = k0 + tl.arange(0, BK)
+            rows = tl.load(x + m[:, None] * K + k[None, :], mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)
+            columns_ = tl.load(w + c[None, :] * stride_m + k[:, None] * stride_k,
+                               mask=(c < M)[None, :] & (k < K)[:, None], other=0.0)  # fmt: skip
+            acc = product(rows, columns_, acc)
+        inside = (m < end)[:, None] & (c < M)[None, :]
+        if SWIGLU_BACKWARD:
+            at = m[:, None] * 2 * M + c[None, :]
+            gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(hidden + at + M, mask=inside, other=0.0).to(tl.float32)
+            share = tl.sigmoid(gate)
+            tl.store(act + m[:, None] * M + c[None, :], (gate * share * up).to(act.dtype.element_ty), mask=inside)
+            tl.store(out + at + M, (acc * gate * share).to(out.dtype.element_ty), mask=inside)
+            acc *= up * share * (1 + gate * (1 - share))
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out + m[:, None] * M + c[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out (E, M, K): out[e] = grad[rows of e].T @ x[rows of e]; zeros for an expert without rows.
+
+    Grid (M / BM * K / BN, E). A program owns one tile of one expert's matrix; its rows go by BK at a time.
+    """
+    expert, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.cdiv(K, BN)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0).to(tl.int64)
+    end = tl.load(offsets + expert).to(tl.int64)
+    m, c = tile // tiles * BM + tl.arange(0, BM), tile % tiles * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for n0 in range(start, end, BK):
+        n = n0 + tl.arange(0, BK)
+        g = tl.load(grad + n[None, :] * M + m[:, None], mask=(n < end)[None, :] & (m < M)[:, None], other=0.0)
+        rows = tl.load(x + n[:, None] * K + c[None, :], mask=(n < end)[:, None] & (c < K)[None, :], other=0.0)
+        acc = product(g, rows, acc)
+    at = out + expert * M * K + m[:, None].to(tl.int64) * K + c[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (c < K)[None, :])
+
+
+def tiles_of(kernel, N, M, E):
+    """The grid of a kernel that shares its tiles out, never more programs than there can be tiles, and its constants."""
+    c = config(kernel)
+    most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
+    return (min(PROGRAMS, most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
+
+
+def grouped_product(x, weight, offsets):
+    """x (N, K), sorted by expert, times weight (E, M, K) -> (N, M)."""
+    (E, M, K), N = weight.shape, len(x)
+    out = x.new_empty(N, M)
+    grid, shape = tiles_of("grouped", N, M, E)
+    launch(
+        grouped_kernel, grid, x, weight, offsets, out, None, None, K, M, *weight.stride(), SWIGLU_BACKWARD=False, **shape
+    )
+    return out
+
+
+def grouped_weight_product(grad, x, offsets):
+    """The weight's gradient of grouped_product -> (E, M, K)."""
+    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config("grouped")
+    out = x.new_empty(E, M, K)
+    launch(grouped_weight_kernel, (cdiv(M, c["BM"]) * cdiv(K, c["BN"]), E), grad, x, offsets, out, M, K, **c)
+    return out
+
+
+@operator
+def experts_forward(
+    x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """As zaya.experts; and, to keep for the backward pass, [gate | up] (N, 2F)."""
+    (N, D), (E, _, F) = x.shape, down.shape
+    act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, 2 * F)
+    grid, shape = tiles_of("swiglu", N, F, E)
+    launch(swiglu_kernel, grid, x, gate_up, offsets, hidden, act, D, F, KEEP=keep, **shape)
+    return grouped_product(act, down, offsets), hidden
+
+
+@operator
+def experts_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (N, D), (E, _, F) = x.shape, down.shape
+    grad_hidden, act, by_unit = torch.empty_like(hidden), x.new_empty(N, F), down.mT
+    grid, shape = tiles_of("grouped", N, F, E)
+    launch(
+        grouped_kernel, grid, grad, by_unit, offsets, grad_hidden, hidden, act, D, F, *by_unit.stride(),
+        SWIGLU_BACKWARD=True, **shape,
+    )  # fmt: skip
+    grad_gate_up, grad_down = (
+        grouped_weight_product(g, a, offsets) for g, a in ((grad_hidden, x), (grad, act))
+    )
+    return grouped_product(grad_hidden, gate_up.mT, offsets), grad_gate_up, grad_down
+
+
+def save_for_experts(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def experts_gradient(ctx, grad, _hidden):
+    return *experts_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+experts_forward.register_autograd(experts_gradient, setup_context=save_for_experts)
+
+
+def experts(x, gate_up, down, offsets):
+    return experts_forward(x, gate_up, down, offsets, torch.is_grad_enabled())[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Merge: residual scaling and the next RMSNorm, one read and one write of the stream
+#
+#     new = (stream + b_r) * s_r + (out + b_o) * s_o
+#     normed = new / sqrt(mean(new^2) + eps) * weight
+#
+# Forward, a program owns a token. Backward it owns every PROGRAMS-th token, so that the sums for the five vectors stay
+# in its registers until the end; `new` is computed again.
+
+
+@triton.jit
+def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD: tl.constexpr):
+    """Grid (N)."""
+    n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    inside = d < D
+    x = (tl.load(stream + n * D + d, mask=inside, other=0.0) + tl.load(b_r + d, mask=inside, other=0.0)) * tl.load(
+        s_r + d, mask=inside, other=0.0
+    )
+    o = tl.load(out + n * D + d, mask=inside, other=0.0).to(tl.float32)
+    x += (o + tl.load(b_o + d, mask=inside, other=0.0)) * tl.load(s_o + d, mask=inside, other=0.0)
+    tl.store(new + n * D + d, x, mask=inside)
+    x *= tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * tl.load(weight + d, mask=inside, other=0.0)
+    tl.store(normed + n * D + d, x.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight, grad_stream, grad_out,
+                          partial, N, D, eps, BD: tl.constexpr):  # fmt: skip
+    """Grid (PROGRAMS or fewer). partial (programs, 4, D): sums of the gradient of new, of it times stream + b_r, of it
+    times out + b_o, and of the gradient of normed times new / its root mean square."""
+    d = tl.arange(0, BD)
+    inside = d < D
+    sr, br = tl.load(s_r + d, mask=inside, other=0.0), tl.load(b_r + d, mask=inside, other=0.0)
+    so, bo = tl.load(s_o + d, mask=inside, other=0.0), tl.load(b_o + d, mask=inside, other=0.0)
+    w = tl.load(weight + d, mask=inside, other=0.0)
+    sum_g, sum_gx = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    sum_go, sum_gn = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    for n in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):  # 64 bits: n * D may be large
+        at = n * D + d
+        x = tl.load(stream + at, mask=inside, other=0.0) + br
+        o = tl.load(out + at, mask=inside, other=0.0).to(tl.float32) + bo
+        new = x * sr + o * so
+        inverse = tl.rsqrt(tl.sum(new * new, axis=0) / D + eps)
+        new *= inverse
+        gn = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        g = (gn * w - new * (tl.sum(gn * w * new, axis=0) / D)) * inverse
+        g += tl.load(grad_new + at, mask=inside, other=0.0)
+        tl.store(grad_stream + at, g * sr, mask=inside)
+        tl.store(grad_out + at, (g * so).to(grad_out.dtype.element_ty), mask=inside)
+        sum_g, sum_gx, sum_go, sum_gn = sum_g + g, sum_gx + g * x, sum_go + g * o, sum_gn + gn * new
+    own = partial + tl.program_id(0) * 4 * D + d
+    tl.store(own, sum_g, mask=inside)
+    tl.store(own + D, sum_gx, mask=inside)
+    tl.store(own + 2 * D, sum_go, mask=inside)
+    tl.store(own + 3 * D, sum_gn, mask=inside)
+
+
+@operator
+def merge_forward(
+    stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor, b_o: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As zaya.merge."""
+    D, new, normed = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
+    N = stream.numel() // D
+    launch(
+        merge_forward_kernel, (N,), stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD=block(D),
+        **config("merge"),
+    )  # fmt: skip
+    return new, normed
+
+
+@operator
+def merge_backward(
+    grad_new: Tensor, grad_normed: Tensor, stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor,
+    b_o: Tensor, weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of stream and out, and the four sums (4, D) of the kernel."""
+    D, grad_stream, grad_out = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
+    N = stream.numel() // D
+    partial = stream.new_empty(min(N, PROGRAMS), 4, D)
+    launch(
+        merge_backward_kernel, (len(partial),), grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
+        grad_stream, grad_out, partial, N, D, eps, BD=block(D), **config("merge"),
+    )  # fmt: skip
+    return grad_stream, grad_out, partial.sum(dim=0)
+
+
+def save_for_merge(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.eps = inputs[-1]
+
+
+def merge_gradient(ctx, grad_new, grad_normed):
+    stream, out, s_r, _, s_o, *_ = ctx.saved_tensors
+    grad_new = torch.zeros_like(stream) if grad_new is None else grad_new.contiguous()
+    grad_normed = torch.zeros_like(out) if grad_normed is None else grad_normed.contiguous()
+    grad_stream, grad_out, (g, gx, go, gn) = merge_backward(grad_new, grad_normed, *ctx.saved_tensors, ctx.eps)
+    return grad_stream, grad_out, gx, g * s_r, go, g * s_o, gn, None
+
+
+merge_forward.register_autograd(merge_gradient, setup_context=save_for_merge)
+merge = merge_forward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Decoding: a few tokens through their experts, and one new token's attention over the cache
+#
+# Both are bound by memory: the experts' weights, the keys and values. A token reads its own expert's rows and no other's:
+# a program owns BF units and streams their rows through. Attention is split along time, SPLITS programs a key head, each
+# with its own running softmax; a second kernel joins them. How long the cache is, the kernel reads from the GPU: the
+# launch is always the same, so it can be captured, and the work is what the context needs.
+
+
+@triton.jit
+def few_swiglu_kernel(x, choice, gate_up, act, D, F, BF: tl.constexpr, BK: tl.constexpr):
+    """Grid (F / BF, N): BF units of one token's expert. act (N, F) fp32."""
+    n, u = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
+    w = gate_up + tl.load(choice + n) * 2 * F * D
+    gate, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
+    for k0 in range(0, D, BK):
+        k = k0 + tl.arange(0, BK)
+        at, inside = u[:, None] * D + k[None, :], (u < F)[:, None] & (k < D)[None, :]
+        row = tl.load(x + n * D + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
+        gate += tl.sum(tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
+        up += tl.sum(tl.load(w + F * D + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
+    tl.store(act + n * F + u, gate * tl.sigmoid(gate) * up, mask=u < F)
+
+
+@triton.jit
+def few_down_kernel(act, choice, probability, down, out, D, F, BF: tl.constexpr, BK: tl.constexpr):
+    """Grid (D / BF, N): BF columns of one token's result."""
+    n, d = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
+    w = down + tl.load(choice + n) * D * F
+    acc = tl.zeros((BF,), tl.float32)
+    for k0 in range(0, F, BK):
+        k = k0 + tl.arange(0, BK)
+        at, inside = d[:, None] * F + k[None, :], (d < D)[:, None] & (k < F)[None, :]
+        row = tl.load(act + n * F + k, mask=k < F, other=0.0)[None, :]
+        acc += tl.sum(tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
+    tl.store(out + n * D + d, (acc * tl.load(probability + n)).to(out.dtype.element_ty), mask=d < D)
+
+
+@operator
+def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As zaya.experts_of_few."""
+    (N, D), F, c = x.shape, down.shape[2], config("few")
+    act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
+    launch(few_swiglu_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, act, D, F, **c)
+    launch(few_down_kernel, (cdiv(D, c["BF"]), N), act, choice, probability, down, out, D, F, **c)
+    return out
+
+
+@triton.jit
+def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+                SPLITS: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """Grid (SPLITS, B * Hk): one part of the past for the queries that share a key head.
+
+    partial (B, Hq, SPLITS, h + 2) fp32: the sum of values, the largest score, the sum of exp(score - largest).
+    """
+    split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
+    GROUP: tl.constexpr = Hq // Hk
+    g, c = tl.arange(0, BG), tl.arange(0, BH)
+    end = tl.load(length).to(tl.int32)
+    first = tl.maximum(end - window, 0)
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BS) * BS
+    start = first + split * share
+    end = tl.minimum(start + share, end)
+    query = b * Hq + head * GROUP + g
+    mine = (g < GROUP)[:, None] & (c < h)[None, :]
+    queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
+    acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
+    largest = tl.full((BG,), float("-inf"), tl.float32)
+    for s0 in range(start, end, BS):
+        s = s0 + tl.arange(0, BS)
+        at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
+        inside = (s < end)[:, None] & (c < h)[None, :]
+        keys = tl.load(k + at, mask=inside, other=0.0)
+        scores = product(queries, tl.trans(keys), tl.zeros((BG, BS), tl.float32)) * scale
+        scores = tl.where((s < end)[None, :], scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
+        values = tl.load(v + at, mask=inside, other=0.0)
+        acc = product(weights.to(values.dtype), values, acc * shrink[:, None])
+        total, largest = total * shrink + tl.sum(weights, axis=1), new
+    own = partial + (query * SPLITS + split) * (h + 2)
+    tl.store(own[:, None] + c[None, :], acc, mask=mine)
+    tl.store(own + h, largest, mask=g < GROUP)
+    tl.store(own + h + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr):
+    """Grid (B * Hq): the parts of a query's attention, each by its weight."""
+    s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
+    own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
+    largest = tl.load(own + h)
+    weight = tl.exp(largest - tl.max(largest, axis=0))
+    total = tl.sum(weight * tl.load(own + h + 1), axis=0)
+    values = tl.load(own[:, None] + c[None, :], mask=(c < h)[None, :], other=0.0)
+    result = tl.sum(values * weight[:, None], axis=0) / total
+    tl.store(out + tl.program_id(0) * h + c, result.to(out.dtype.element_ty), mask=c < h)
+
+
+@operator
+def attend_past_forward(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int) -> Tensor:
+    """As zaya.attend_past; window 0: all."""
+    (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
+    splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
+    partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
+    shape = dict(h=h, SPLITS=splits, BH=block(h)) | config("past")
+    launch(
+        past_kernel, (splits, B * Hk), q, k, v, length, partial, S, 1 / math.sqrt(h), window or S, Hq=Hq, Hk=Hk,
+        BG=block(Hq // Hk), **shape,
+    )  # fmt: skip
+    launch(join_kernel, (B * Hq,), partial, out, h=h, SPLITS=splits, BH=shape["BH"], num_warps=4, num_stages=1)
+    return out
+
+
+def attend_past(q, k, v, length, window=None):
+    return attend_past_forward(q.contiguous(), k, v, length, window or 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernels cannot do, for zaya.py's choice between them and its own functions
+
+
+def can_run_on(device):
+    """Whether Triton runs there: a GPU, or in the interpreter the CPU."""
+    return device.type == ("cpu" if INTERPRETED else "cuda")
+
+
+def unsupported(name, *args):
+    """Why a kernel cannot take these arguments; None if it can."""
+    if name in ("cca", "dispatch", "combine", "experts", "experts_of_few", "attend_past"):
+        dtype = args[0].dtype
+    else:  # route: of its matrices; merge: of what is added
+        dtype = args[5][0].dtype if name == "route" else args[1].dtype
+    if dtype not in DTYPES:
+        return f"{dtype} is not supported" + (" by Triton's interpreter" if INTERPRETED else "")
+    if name == "cca" and args[4][0].shape[1] > 256:
+        return f"head_dim {args[4][0].shape[1]} is above 256"
+    if name == "cca" and torch.is_grad_enabled() and (args[1].requires_grad or args[2].requires_grad):
+        return "there is no gradient for what a cache remembers"
+    if name == "route" and args[0].shape[1] > 512:
+        return f"router_hidden_size {args[0].shape[1]} is above 512"
+    if name == "merge" and args[0].shape[-1] > 16384:
+        return f"hidden_size {args[0].shape[-1]} is above 16384"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking and timing: every kernel beside its eager twin
+
+
+def cases(config, B, T, device, dtype):
+    """{name: (arguments of the function of that name, bytes and operations of its forward, of its backward pass)}.
+
+    Bytes: what must be read and written once. Arguments that are learned or come from a layer before require a gradient.
+    """
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+    def random(*shape, dtype=dtype, scale=1.0, grad=True):
+        tensor = torch.randn(*shape, device=device, generator=generator) * scale
+        return tensor.to(dtype).requires_grad_(grad)
+
+    c, N, P = config, B * T, config.past_columns
+    D, E, F, R, h = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.router_hidden_size, c.head_dim
+    Hq, Hk, fp32 = c.num_attention_heads, c.num_key_value_heads, torch.float32
+    C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
+    angles = torch.rand(T, 1, c.rotary_dim // 2, device=device)
+    choice = torch.randint(E, (N,), device=device)
+    depthwise, grouped = random(C, 1, c.cca_time0), random(C, h, c.cca_time1, scale=h**-0.5)
+    qkv, past, v_before = random(B, T, C + Hk * h), random(B, P, C, grad=False), random(B, 1, Hk * h // 2, grad=False)
+    W1, W2, W3 = (random(units, R, scale=R**-0.5) for units in (R, R, E + 1))
+    gate_up, down = random(E, 2 * F, D, scale=D**-0.5), random(E, D, F, scale=F**-0.5)
+    rows, scales = random(N, D), [random(D, dtype=fp32) for _ in range(5)]
+    ends = (torch.arange(1, E + 1, device=device, dtype=torch.int32) * N // E).to(torch.int32)
+    cache = [random(1, 8 * T, Hk, h, grad=False) for _ in range(2)]
+    length = torch.full((), 8 * T, dtype=torch.int32, device=device)
+    weights = 3 * E * F * D * size
+    return {
+        "cca": (
+            (qkv, past, v_before, (depthwise, random(C)), (grouped, random(C)), random(Hk, dtype=fp32),
+             angles.cos(), angles.sin()),
+            2 * qkv.numel() * size, 2 * N * C * h * c.cca_time1, 3 * qkv.numel() * size, 4 * N * C * h * c.cca_time1,
+        ),
+        "route": (
+            (random(N, R), random(N, R, dtype=fp32), random(R, dtype=fp32), random(R, dtype=fp32), 1e-5,
+             (W1, random(R)), (W2, random(R)), W3, random(E + 1, dtype=fp32, scale=0.01, grad=False)),
+            N * R * (size + 8), 2 * N * R * (2 * R + E + 1), N * R * (size + 16), 4 * N * R * (2 * R + E + 1),
+        ),
+        "dispatch": ((rows, choice, E), 2 * N * D * size, 0, 2 * N * D * size, 0),
+        "experts": (
+            (rows, gate_up, down, ends),
+            2 * N * D * size + weights, 6 * N * D * F, 3 * N * D * size + 2 * weights, 12 * N * D * F,
+        ),
+        "combine": (
+            (rows, choice.argsort(stable=True), random(N, dtype=fp32)), 2 * N * D * size, 0, 3 * N * D * size, 0
+        ),
+        "merge": (
+            (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
+            N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
+        ),
+        "experts_of_few": (
+            (rows[:1].detach(), random(1, dtype=fp32, grad=False), choice[:1], gate_up.detach(), down.detach()),
+            weights // E, 6 * D * F, 0, 0,
+        ),
+        "attend_past": (
+            (random(1, 1, Hq, h, grad=False), *cache, length), 2 * cache[0].numel() * size, 4 * 8 * T * Hq * h, 0, 0
+        ),
+    }  # fmt: skip
+
+
+def tensors_in(args):
+    return [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
+
+
+def evaluate(function, args, grads=None):
+    """A function's results, and the gradients of its arguments: those of floating-point results, given theirs."""
+    results = function(*args)
+    results = results if isinstance(results, tuple) else (results,)
+    outputs, leaves = [r for r in results if r.requires_grad], [t for t in tensors_in(args) if t.requires_grad]
+    if not outputs:
+        return results, lambda: []
+    if grads is None:
+        grads = [torch.randn_like(r) for r in outputs]
+    return results, lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def in_fp32(args):
+    """Copies of arguments, for a reference."""
+    def copy(x):
+        if isinstance(x, tuple):
+            return in_fp32(x)
+        floats = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().float().requires_grad_(x.requires_grad) if floats else x
+
+    return tuple(copy(x) for x in args)
+
+
+def errors(eager, kernel, args):
+    """|result - reference| / |reference| in the worst result and the worst gradient: of the eager twin, of the kernel.
+
+    The reference is the eager twin in fp32. Tokens whose expert differs between the three are left out.
+    """
+    exact, ours, theirs = in_fp32(args), evaluate(kernel, args), evaluate(eager, args)
+    reference = evaluate(eager, exact)
+    same = 1
+    for a, b, c in zip(reference[0], ours[0], theirs[0]):
+        if not a.is_floating_point() and len(a) == len(args[0]):
+            same = same * ((a == b) & (a == c)).float()
+    grads = [torch.randn_like(r) * (same if r.dim() == 1 else 1) for r in reference[0] if r.requires_grad]
+    found = []
+    for function, inputs in ((eager, exact), (eager, args), (kernel, args)):
+        outputs = [r for r in evaluate(function, inputs)[0] if r.is_floating_point()]
+        typed = [g.to(r.dtype) for g, r in zip(grads, [r for r in outputs if r.requires_grad])]
+        outputs = [r * same if r.dim() == 1 else r for r in outputs]
+        found.append((outputs, evaluate(function, inputs, typed)[1]()))
+
+    def worst(values, true):
+        return max([((v.float() - t).norm() / t.norm().clamp_min(1e-20)).item() for v, t in zip(values, true)] or [0.0])
+
+    return [(worst(outputs, found[0][0]), worst(grads, found[0][1])) for outputs, grads in found[1:]]
+
+
+def milliseconds(function):
+    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")  # empties the L2 before each run
+
+
+def ceilings():
+    """This machine's bandwidth (bytes/s, of a copy of 2 GiB: read and written) and bf16 rate (of an 8192-cubed product)."""
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    bandwidth = 4 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
+    a, b = x[: 2**26].view(8192, 8192), y[: 2**26].view(8192, 8192)
+    return bandwidth, 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+def report():
+    """Check every kernel; on a GPU, time it, too, at ZAYA1-8B's shapes and 16,384 tokens."""
+    import zaya
+
+    gpu = torch.cuda.is_available() and not INTERPRETED
+    if not gpu and not INTERPRETED:
+        raise ValueError("no GPU here: set TRITON_INTERPRET=1 to check the kernels, or give --compile_for gfx942")
+    if gpu:
+        bandwidth, rate = ceilings()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}: "
+              f"copy {bandwidth / 1e9:,.0f} GB/s, product {rate / 1e12:,.0f} TFLOP/s")  # fmt: skip
+        device, dtype, shape = "cuda", torch.bfloat16, (zaya.PRESETS["zaya1-8b"], 4, 4096)
+        print(f"{'kernel':26}{'error':>9}{'eager':>9}{'ms eager':>10}{'compile':>9}{'Triton':>9}{'ratio':>7}   rate")
+    else:
+        device, dtype, shape = "cpu", torch.float32, (zaya.replica(64, 2, 16), 2, 40)
+        print(f"Triton {triton.__version__}'s interpreter, fp32\n{'kernel':26}{'error':>9}{'eager':>9}")
+    print(f"{'':26}{'against fp32':>18}")
+    for name, (args, *costs) in cases(*shape, device, dtype).items():
+        kernel, eager = globals()[name], getattr(zaya, name).__wrapped__
+        zaya.use_kernels("eager")
+        theirs, ours = errors(eager, kernel, args)
+        calls = {"": lambda f: f(*args)}
+        if costs[2]:
+            calls[" backward"] = lambda f: f
+        for i, suffix in enumerate(calls):
+            line = f"{name + suffix:26}{ours[i]:9.1e}{theirs[i]:9.1e}"
+            if gpu:
+                times = []
+                for function in (eager, torch.compile(eager, dynamic=False), kernel):
+                    backward = evaluate(function, args)[1]
+                    times.append(milliseconds(backward if suffix else lambda: function(*args)))
+                bytes_, operations = costs[2 * i : 2 * i + 2]
+                achieved = bytes_ / times[2] * 1e3, operations / times[2] * 1e3
+                line += f"{times[0]:10.3f}{times[1]:9.3f}{times[2]:9.3f}{times[0] / times[2]:7.2f}   "
+                if name == "experts":
+                    line += f"{achieved[1] / 1e12:,.0f} TFLOP/s, {achieved[1] / rate:.0%} of the product's"
+                else:
+                    line += f"{achieved[0] / 1e9:,.0f} GB/s, {achieved[0] / bandwidth:.0%} of the copy's"
+            print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling for a GPU that is not there
+
+
+def compile_kernel(kernel, args, constants, target):
+    """The kernel as it would be compiled for these arguments: sizes that are multiples of 16 are known to be such."""
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    signature, known, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        if value is None or (isinstance(value, int) and value == 1):
+            signature[name], known[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if isinstance(value, int) else names.get(value.dtype, "*i64")
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: signature[name] for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, known, attributes)
+    return triton.compile(source, target=target, options=options), options["num_warps"]
+
+
+def resources_on_amd(compiled, warps):
+    """Registers, spilled registers, bytes of LDS, MFMA instructions and waves per SIMD, read from the assembly."""
+    text = compiled.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+    shared = compiled.metadata.shared
+    waves = min(8, 512 // (cdiv(registers, 8) * 8))  # 512 registers a lane, handed out by eights
+    if shared:
+        waves = min(waves, max(1, 65536 // shared * warps // 4))  # a workgroup's waves are spread over four SIMDs
+    return registers, spills, shared, len(re.findall(r"v_mfma", text)), waves
+
+
+def resources_on_nvidia(compiled, warps):
+    """The same of a CUDA kernel, for spills the bytes of stack that it takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    shared = compiled.metadata.shared
+    waves = min(16, 512 // (cdiv(registers, 8) * 8))
+    if shared:
+        waves = min(waves, max(1, 233472 // shared * warps // 4))
+    products = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
+    return registers, spills, shared, products, waves
+
+
+def compile_for(architecture):
+    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes in bf16, and
+    print what it needs. No GPU is needed."""
+    import zaya
+
+    if INTERPRETED:
+        raise ValueError("--compile_for cannot work with TRITON_INTERPRET=1")
+    target = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}[architecture]
+    resources = resources_on_amd if target[0] == "hip" else resources_on_nvidia
+    seen = set()
+    units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
+        "registers", "stack bytes", "shared", "MMA", "warps/SMSP")  # fmt: skip
+    print(f"{architecture}, Triton {triton.__version__}, bf16, ZAYA1-8B\n{'kernel':32}" + "".join(f"{u:>12}" for u in units))
+
+    def compile_and_print(kernel, args, constants):
+        label = kernel.__name__ + (" (SwiGLU)" if constants.get("SWIGLU_BACKWARD") else "")
+        if label not in seen:
+            seen.add(label)
+            numbers = resources(*compile_kernel(kernel, args, constants, triton.backends.compiler.GPUTarget(*target)))
+            print(f"{label:32}" + "".join(f"{n:12,}" for n in numbers), flush=True)
+
+    launch.instead, launch.architecture = compile_and_print, architecture
+    for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], 4, 4096, "meta", torch.bfloat16).items():
+        evaluate(globals()[name], args)[1]()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)")
+    architecture = parser.parse_args().compile_for
+    compile_for(architecture) if architecture else report()
+
+
+if __name__ == "__main__":
+    from zaya import stop_in_one_line
+
+    with stop_in_one_line():
+        main()
