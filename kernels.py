@@ -39,32 +39,37 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
-# BT, BM: tokens a program; BN, BF, BO: columns of its result; BK: how deep one step of a product goes.
+# BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
 #   ahead) for a plain product; one for what holds two accumulators or is no product: LDS and registers are better
-#   spent on more waves. 8 waves halve the registers a thread, so that nothing spills.
+#   spent on more waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD.
 # sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
 # other: small enough for every GPU, and for the interpreter.
+# `python kernels.py --compile_for` prints what each needs; none spills.
 CONFIGS = {
     "gfx942": {
         "cca": dict(BT=64, BK=32, num_warps=8, num_stages=1),
         "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=2),
-        "router": dict(BT=32, BN=32, num_warps=4, num_stages=1),
-        "dispatch": dict(BT=64, BD=256, num_warps=4, num_stages=1),
+        "router": dict(BT=16, BN=32, num_warps=4, num_stages=1),
+        "router_backward": dict(BT=16, BN=32, num_warps=4, num_stages=1),
+        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
         "swiglu": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=1),
+        "swiglu_backward": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=2),
         "grouped": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=2),
-        "merge": dict(num_warps=4, num_stages=1),
+        "merge": dict(num_warps=8, num_stages=1),
         "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
         "past": dict(BS=64, num_warps=4, num_stages=1),
     },
     "sm_90": {
-        "cca": dict(BT=64, BK=64, num_warps=4, num_stages=2),
+        "cca": dict(BT=64, BK=64, num_warps=8, num_stages=2),
         "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=3),
-        "router": dict(BT=64, BN=32, num_warps=8, num_stages=2),
-        "dispatch": dict(BT=64, BD=256, num_warps=4, num_stages=1),
-        "swiglu": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3),
+        "router": dict(BT=32, BN=32, num_warps=8, num_stages=1),
+        "router_backward": dict(BT=16, BN=32, num_warps=8, num_stages=1),
+        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
+        "swiglu": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=4),
+        "swiglu_backward": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=3),
         "grouped": dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3),
-        "merge": dict(num_warps=4, num_stages=1),
+        "merge": dict(num_warps=8, num_stages=1),
         "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
         "past": dict(BS=64, num_warps=4, num_stages=2),
     },
@@ -72,8 +77,10 @@ CONFIGS = {
         "cca": dict(BT=32, BK=32, num_warps=4, num_stages=1),
         "cca_filters": dict(BT=32, BK=32, num_warps=4, num_stages=1),
         "router": dict(BT=32, BN=32, num_warps=4, num_stages=1),
+        "router_backward": dict(BT=16, BN=32, num_warps=8, num_stages=1),
         "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
         "swiglu": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
+        "swiglu_backward": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
         "grouped": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
         "merge": dict(num_warps=4, num_stages=1),
         "few": dict(BF=4, BK=512, num_warps=4, num_stages=1),
@@ -586,9 +593,8 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     tl.store(grad_r + at, dx, mask=inside)
 
 
-def router_shape(r, W3):
-    N, R = r.shape
-    c = config("router")
+def router_shape(kernel, r, W3):
+    (N, R), c = r.shape, config(kernel)
     return N, (cdiv(N, c["BT"]),), dict(R=R, CLASSES=len(W3), BR=block(R), BE=min(32, block(len(W3)))) | c
 
 
@@ -598,7 +604,7 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route."""
-    N, grid, shape = router_shape(r, W3)
+    N, grid, shape = router_shape("router", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice = r.new_empty(N, dtype=torch.int64)
     counts = r.new_zeros(len(W3), dtype=torch.int32)
@@ -615,7 +621,7 @@ def router_backward(
     eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor, choice: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
-    N, grid, shape = router_shape(state, W3)
+    N, grid, shape = router_shape("router_backward", state, W3)
     R = shape["R"]
     normed, hidden, thought, grad_first, grad_second = (W1.new_empty(N, R) for _ in range(5))
     grad_logits, grad_r = W1.new_empty(N, len(W3)), torch.empty_like(state)
@@ -748,7 +754,7 @@ def combine_forward(y: Tensor, positions: Tensor, probability: Tensor | None) ->
 
 @operator
 def combine_backward(grad: Tensor, y: Tensor, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    (N, D), c = y.shape, config("dispatch") | dict(BT=16)
+    (N, D), c = y.shape, config("dispatch") | dict(BT=16, BD=128)
     grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
     launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, positions, probability, grad_y, grad_p, N, D, **c)
     return grad_y, grad_p
@@ -949,7 +955,7 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (N, D), (E, _, F) = x.shape, down.shape
     grad_hidden, act, by_unit = torch.empty_like(hidden), x.new_empty(N, F), down.mT
-    grid, shape = tiles_of("grouped", N, F, E)
+    grid, shape = tiles_of("swiglu_backward", N, F, E)
     launch(
         grouped_kernel, grid, grad, by_unit, offsets, grad_hidden, hidden, act, D, F, *by_unit.stride(),
         SWIGLU_BACKWARD=True, **shape,
@@ -1367,7 +1373,7 @@ def report():
         device, dtype, shape = "cuda", torch.bfloat16, (zaya.PRESETS["zaya1-8b"], 4, 4096)
         print(f"{'kernel':26}{'error':>9}{'eager':>9}{'ms eager':>10}{'compile':>9}{'Triton':>9}{'ratio':>7}   rate")
     else:
-        device, dtype, shape = "cpu", torch.float32, (zaya.replica(64, 2, 16), 2, 40)
+        device, dtype, shape = "cpu", torch.float32, (zaya.replica(64, 2, 8), 2, 40)
         print(f"Triton {triton.__version__}'s interpreter, fp32\n{'kernel':26}{'error':>9}{'eager':>9}")
     print(f"{'':26}{'against fp32':>18}")
     for name, (args, *costs) in cases(*shape, device, dtype).items():

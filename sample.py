@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer
-from zaya import Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line
+from zaya import KERNELS, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line
 
 
 @dataclass
@@ -27,6 +27,7 @@ class SampleConfig:
     seed: int = 1  # the same seed, the same text
     num_samples: int = 1  # texts, all in one batch
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
+    kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):
@@ -43,6 +44,8 @@ class SampleConfig:
             raise ValueError(f"--seed must be 0 or more, not {self.seed}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16, float16")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
 
 
 def read_prompt(prompt):
@@ -80,7 +83,7 @@ def main():
     device = choose_device(config.device)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     checkpoint = find_checkpoint(config.checkpoint)
-    model = Zaya.from_pretrained(checkpoint, device, getattr(torch, dtype))
+    model = Zaya.from_pretrained(checkpoint, device, getattr(torch, dtype), config.kernels)
     tokenizer = load_tokenizer(checkpoint)
 
     ids = tokenizer.encode(prompt)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
+    KERNELS, PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
     save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ class TrainConfig:
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
+    kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
     compile: bool | None = None  # torch.compile; None: on a GPU
     eval_every: int = 100  # steps between evaluations
     eval_batches: int = 16  # micro-batches an evaluation, spread over the validation text; 0: all of it
@@ -82,6 +83,8 @@ class TrainConfig:
             raise ValueError(f"--preset {self.preset} is none of {', '.join(PRESETS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
 
 
 def flags_of(cls, given):
@@ -677,6 +680,7 @@ def main():
     val = Tokens(folder, "val", config.block_size, config.seed, meta)
     config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
     model.to(device)
+    model.kernels = config.kernels
     optimizer = Optimizer(model, config, getattr(torch, config.dtype))
     if checkpoint:
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")

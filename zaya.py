@@ -165,11 +165,12 @@ PRESETS = {
 # name in kernels.py.
 
 KERNELS = ("auto", "triton", "eager")
-_kernels = "auto"  # where a kernel runs at all; "triton" says so if it does not; "eager" never asks
+_kernels = "auto"
 
 
 def use_kernels(choice):
-    """From now on: "auto" or "triton" (kernels on a GPU), or "eager" (this file alone). A model's forward calls this."""
+    """From now on: "auto" (kernels on a GPU), "triton" (the same; says so where they cannot run, and takes Triton's
+    interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model calls this with its own choice."""
     global _kernels
     if choice not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
@@ -177,14 +178,12 @@ def use_kernels(choice):
 
 
 def on_kernels(x):
-    """Whether a tensor is where kernels run, and they are wanted."""
-    if _kernels == "eager":
+    """Whether kernels are wanted, and run where a tensor is."""
+    if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
         return False
     if triton_kernels is None:
-        return say_once("Triton is not installed: eager PyTorch is used") if _kernels == "triton" or x.is_cuda else False
-    if not triton_kernels.can_run_on(x.device):
-        return say_once(f"Triton's kernels do not run on {x.device}: eager PyTorch is used") if _kernels == "triton" else False
-    return True
+        return say_once("Triton is not installed: eager PyTorch is used")
+    return triton_kernels.can_run_on(x.device) or say_once(f"no kernels on {x.device}: eager PyTorch is used")
 
 
 def has_kernel(eager):
@@ -203,14 +202,17 @@ def has_kernel(eager):
     return either
 
 
-@torch.compiler.assume_constant_result
-def say_once(message, said=set()):  # noqa: B006 a set that lives on is the point
+def say_once(message, said=set()):  # noqa: B006 the set is to live on
     """Print a message to stderr, the first time only. Returns False."""
     if message not in said:
         said.add(message)
         print(f"zaya.py: {message}", file=sys.stderr)
     return False
 
+
+# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets this,
+# too, but imports the whole compiler for it: every start would take a second longer.
+say_once._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Norms and rotary embedding. All of it in fp32, whatever the weights are [R].
@@ -870,7 +872,7 @@ class DenseMLP(nn.Module):
 def linear(x, weight, bias=None):
     """x (..., in) times weight (out, in), plus bias, in the weight's dtype: here fp32 becomes the compute dtype."""
     x = x.to(weight.dtype)
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if takes_onednn(x):
         y = LinearByOneDNN.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
@@ -902,21 +904,20 @@ class Permute(torch.autograd.Function):
         return torch.empty_like(grad).index_copy_(0, order, grad), None
 
 
-@torch.compiler.disable  # it reads how many tokens each expert has
 def experts_on_cpu(x, probability, choice, gate_up, down):
     """dispatch, experts and combine on a CPU, in few passes over memory."""
-    rows = choice.bincount(minlength=len(down)).tolist()
-    return ExpertsOnCPU.apply(x, probability.to(x.dtype), gate_up, down, choice.argsort(stable=True), rows)
+    run = ExpertsOnCPU.apply
+    if torch.compiler.is_compiling():  # it looks how many tokens each expert has, which cannot be compiled
+        run = torch.compiler.disable(run)
+    return run(x, probability.to(x.dtype), choice, gate_up, down)
 
 
 class ExpertsOnCPU(torch.autograd.Function):
-    """Permute, experts and combine, with their gradient in few passes.
-
-    x (N, D), probability (N), gate_up (E, 2F, D), down (E, D, F), order (N): tokens by expert, rows: E numbers -> (N, D)
-    """
+    """x (N, D), probability and choice (N), gate_up (E, 2F, D), down (E, D, F) -> (N, D)."""
 
     @staticmethod
-    def forward(ctx, x, probability, gate_up, down, order, rows):
+    def forward(ctx, x, probability, choice, gate_up, down):
+        order, rows = choice.argsort(stable=True), choice.bincount(minlength=len(down)).tolist()
         x, p = x.index_select(0, order), probability.index_select(0, order)[:, None]
         hidden = products(x, gate_up, rows)
         gate, up = hidden.chunk(2, dim=-1)
@@ -941,7 +942,7 @@ class ExpertsOnCPU(torch.autograd.Function):
         grad_gate_up = weight_products(grad_hidden, x, ctx.rows)
         grad_x = products(grad_hidden, gate_up.mT, ctx.rows)
         grad_x, grad_p = (torch.empty_like(g).index_copy_(0, order, g) for g in (grad_x, grad_p))
-        return grad_x, grad_p, grad_gate_up, grad_down, None, None
+        return grad_x, grad_p, None, grad_gate_up, grad_down
 
 
 def products(x, weight, rows):
@@ -1049,12 +1050,18 @@ def times_fp32(a, b):
 def times(a, b, out=None):
     """a @ b.T of two matrices. In fp32 on a CPU oneDNN is a little faster than MKL, PyTorch's own choice, but it copies
     an a that is transposed."""
-    onednn = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    onednn = onednn and a.numel() > 0 and not torch.compiler.is_compiling()
-    if onednn and (a.is_contiguous() or mkl_is_slow()):
+    if takes_onednn(a) and a.numel() > 0 and (a.is_contiguous() or mkl_is_slow()):
         product = by_onednn(a, b)
         return product if out is None else out.copy_(product)
     return torch.mm(a, b.t(), out=out)
+
+
+def takes_onednn(x):
+    """Whether products of x may go to oneDNN. torch.compile makes its own choice."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.compiler.is_compiling()
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def by_onednn(a, b):
@@ -1064,8 +1071,6 @@ def by_onednn(a, b):
 @lru_cache
 def mkl_is_slow():
     """Whether MKL leaves half of this CPU unused: on Zen 5 oneDNN is twice as fast as it, elsewhere hardly faster."""
-    if not torch.backends.mkldnn.is_available():
-        return False
     a, b, best = torch.ones(512, 256), torch.ones(256, 256), [math.inf, math.inf]
     for _ in range(10):
         for i, product in enumerate((F.linear, by_onednn)):
