@@ -8,6 +8,7 @@ In reading order: flags, data, optimizer (Muon, AdamW, balancing), checkpoints, 
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -20,16 +21,18 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    KERNELS, PRESETS, Zaya, ZayaConfig, choose_device, find_checkpoint, load_safetensors, parse_flags, read_json,
+    KERNELS, PRESETS, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
     save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
@@ -118,7 +121,11 @@ class Ranks:
             torch.cuda.set_device(device)
         self.device = torch.device(device)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            store, *_ = next(dist.rendezvous("env://"))
+            # After a crash torchrun starts all ranks again with the same store: addresses of the last try must not count.
+            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
     @property
     def first(self):
@@ -263,17 +270,24 @@ class Muon:
 
     One matrix is one unit: an expert's gate, up and down each on its own. Those of a shape go through Newton-Schulz
     in batches. The update has the root mean square 0.2, as AdamW's has, so that both take one learning rate.
+
+    Sharded over the ranks (ZeRO-1): a parameter's fp32 master and momentum lie on its owner alone, which updates it and
+    sends it to all, while the next batch is being made orthogonal.
     """
 
     BATCH = 2**22  # numbers in a batch: larger ones leave a CPU's cache
 
-    def __init__(self, parameters, dtype, momentum, weight_decay):
-        self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
+    def __init__(self, parameters, dtype, momentum, weight_decay, ranks):
+        self.parameters, self.momentum, self.weight_decay, self.ranks = parameters, momentum, weight_decay, ranks
+        self.owner = self.share_out()
+        self.rounds = list(zip_longest(*(self.batches(rank) for rank in range(ranks.world)), fillvalue=[]))
+        own = [name for name in parameters if self.owner[name] == ranks.rank]
         # The fp32 weights: the parameters themselves, or what remains of them when the model is cast to bf16.
         self.master = {
-            name: p.detach() if dtype == torch.float32 else p.detach().clone() for name, p in parameters.items()
+            name: parameters[name].detach() if dtype == torch.float32 else parameters[name].detach().clone()
+            for name in own
         }
-        self.buffer = {name: torch.zeros_like(master) for name, master in self.master.items()}
+        self.buffer = {name: torch.zeros_like(self.master[name]) for name in own}
 
     @staticmethod
     def matrices(name, tensor):
@@ -282,61 +296,128 @@ class Muon:
             return tensor.view(2 * tensor.shape[0], -1, tensor.shape[2])
         return tensor.view(-1, *tensor.shape[-2:])
 
-    def batches(self):
-        """Lists of names whose matrices have one shape, of about BATCH numbers each."""
+    def share_out(self):
+        """{name: rank}. The costliest parameter first, each to the rank that has least to do so far."""
+        cost = {name: p.numel() * min(self.matrices(name, p).shape[1:]) for name, p in self.parameters.items()}
+        busy, owner = [0] * self.ranks.world, {}
+        for name in sorted(cost, key=cost.get, reverse=True):
+            owner[name] = busy.index(min(busy))
+            busy[owner[name]] += cost[name]
+        return owner
+
+    def batches(self, rank):
+        """Lists of a rank's names whose matrices have one shape, of about BATCH numbers each."""
         by_shape = {}
         for name, p in self.parameters.items():
-            lists = by_shape.setdefault(self.matrices(name, p).shape[1:], [[]])
-            if sum(self.parameters[n].numel() for n in lists[-1]) >= self.BATCH:
-                lists.append([])
-            lists[-1].append(name)
+            if self.owner[name] == rank:
+                lists = by_shape.setdefault(self.matrices(name, p).shape[1:], [[]])
+                if sum(self.parameters[n].numel() for n in lists[-1]) >= self.BATCH:
+                    lists.append([])
+                lists[-1].append(name)
         return [names for lists in by_shape.values() for names in lists]
 
     @torch.no_grad()
     def step(self, lr):
-        for names in self.batches():
-            steps = []
-            for name in names:
-                grad, buffer = self.parameters[name].grad.float(), self.buffer[name]
-                buffer.lerp_(grad, 1 - self.momentum)
-                steps.append(self.matrices(name, grad.lerp(buffer, self.momentum)))  # Nesterov
-            steps = torch.cat(steps)
-            dtype = self.parameters[names[0]].dtype  # bf16 does where the weights are bf16
-            steps = newton_schulz(steps.to(dtype)).float() * (0.2 * math.sqrt(max(steps.shape[1:])))
-            for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
-                master = self.master[name]
-                master.mul_(1 - lr * self.weight_decay).sub_(update.reshape(master.shape), alpha=lr)
-                if self.parameters[name].dtype != torch.float32:
-                    self.parameters[name].copy_(master)
+        on_their_way = []
+        for batches in self.rounds:  # in the same order on every rank, as what they send each other must be
+            if batches[self.ranks.rank]:
+                self.update(batches[self.ranks.rank], lr)
+            if self.ranks.world > 1:
+                for owner, names in enumerate(batches):
+                    on_their_way += [dist.broadcast(self.parameters[n].detach(), owner, async_op=True) for n in names]
+        for work in on_their_way:
+            work.wait()
+
+    def update(self, names, lr):
+        """Move the parameters of one batch."""
+        steps = []
+        for name in names:
+            grad, buffer = self.parameters[name].grad.float(), self.buffer[name]
+            buffer.lerp_(grad, 1 - self.momentum)
+            steps.append(self.matrices(name, grad.lerp(buffer, self.momentum)))  # Nesterov
+        steps = torch.cat(steps)
+        dtype = self.parameters[names[0]].dtype  # bf16 does where the weights are bf16
+        steps = newton_schulz(steps.to(dtype)).float() * (0.2 * math.sqrt(max(steps.shape[1:])))
+        for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
+            master = self.master[name]
+            master.mul_(1 - lr * self.weight_decay).sub_(update.reshape(master.shape), alpha=lr)
+            if self.parameters[name].dtype != torch.float32:
+                self.parameters[name].copy_(master)
+
+    def collect(self, own):
+        """{name: tensor} of all parameters on rank 0, in the CPU's memory, from every rank's own ones; nothing elsewhere."""
+        found = {}
+        for name, owner in self.owner.items():
+            if owner == self.ranks.rank and owner > 0:
+                dist.send(own[name], 0)
+            elif self.ranks.first:
+                tensor = own[name] if owner == 0 else torch.empty_like(self.parameters[name], dtype=torch.float32)
+                if owner > 0:
+                    dist.recv(tensor, owner)
+                found[name] = tensor.detach().cpu()
+        return found
 
     def state(self):
-        return {f"muon.{name}": buffer for name, buffer in self.buffer.items()}
+        return {f"muon.{name}": buffer for name, buffer in self.collect(self.buffer).items()}
+
+    def state_shapes(self):
+        return {f"muon.{name}": p.shape for name, p in self.parameters.items()}
+
+    def load_state(self, tensors):
+        for name, buffer in self.buffer.items():
+            buffer.copy_(tensors[f"muon.{name}"])
 
 
 class AdamW:
-    """AdamW without decay for all that is no matrix, on one flat vector."""
+    """AdamW without decay for all that is no matrix, on one flat vector, of which each rank keeps and moves its part."""
 
-    def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
-        self.parameters, self.betas, self.eps, self.prefix = list(parameters), betas, eps, prefix
-        self.flat = torch.cat([p.detach().float().flatten() for p in self.parameters])  # the fp32 masters
+    def __init__(self, parameters, ranks=None, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
+        self.parameters, self.ranks, self.betas, self.eps, self.prefix = list(parameters), ranks, betas, eps, prefix
+        self.size = sum(p.numel() for p in self.parameters)
+        self.world, rank = (ranks.world, ranks.rank) if ranks else (1, 0)
+        self.part = -(-self.size // self.world)  # numbers a rank; the last one's are filled up with zeros
+        self.own = slice(rank * self.part, (rank + 1) * self.part)
+        self.flat = self.cut([p.detach() for p in self.parameters])  # the fp32 masters
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.count = torch.zeros((), dtype=torch.int64)
 
+    def cut(self, tensors):
+        """This rank's part of all tensors, flattened one after the other, in fp32."""
+        flat = torch.cat([t.float().flatten() for t in tensors])
+        return nn.functional.pad(flat, (0, self.part * self.world - self.size))[self.own].clone()
+
+    def whole(self, part):
+        """The whole vector from every rank's part of it."""
+        if self.world == 1:
+            return part
+        whole = part.new_empty(self.part * self.world)
+        dist.all_gather_into_tensor(whole, part)
+        return whole[: self.size]
+
     @torch.no_grad()
     def step(self, lr, grads=None):
-        grads = grads or [p.grad for p in self.parameters]
-        grad = torch.cat([g.float().flatten() for g in grads])
+        grad = self.cut(grads or [p.grad for p in self.parameters])
         self.count += 1
         (beta1, beta2), n = self.betas, self.count.item()
         self.mean.lerp_(grad, 1 - beta1)
         self.square.lerp_(grad.square_(), 1 - beta2)
         denominator = (self.square / (1 - beta2**n)).sqrt_().add_(self.eps)
         self.flat.addcdiv_(self.mean, denominator, value=-lr / (1 - beta1**n))
-        for p, new in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
+        for p, new in zip(self.parameters, self.whole(self.flat).split([p.numel() for p in self.parameters])):
             p.copy_(new.view(p.shape))
 
     def state(self):
-        return {f"{self.prefix}.{name}": getattr(self, name) for name in ("mean", "square", "count")}
+        vectors = {f"{self.prefix}.{name}": self.whole(getattr(self, name)) for name in ("mean", "square")}
+        return vectors | {f"{self.prefix}.count": self.count}
+
+    def state_shapes(self):
+        size = torch.Size([self.size])
+        return {f"{self.prefix}.mean": size, f"{self.prefix}.square": size, f"{self.prefix}.count": torch.Size([])}
+
+    def load_state(self, tensors):
+        self.mean.copy_(self.cut([tensors[f"{self.prefix}.mean"]]))
+        self.square.copy_(self.cut([tensors[f"{self.prefix}.square"]]))
+        self.count.copy_(tensors[f"{self.prefix}.count"])
 
 
 class Optimizer:
@@ -345,13 +426,13 @@ class Optimizer:
     Takes the fp32 model as it is, keeps the masters, and leaves the model cast to dtype.
     """
 
-    def __init__(self, model, config, dtype):
+    def __init__(self, model, config, dtype, ranks):
         self.model, self.config = model, config
         named = dict(model.named_parameters())
         matrices = {name: p for name, p in named.items() if p.ndim >= 2 and not re.search("embed|lm_head|conv", name)}
         self.rest = {name: p for name, p in named.items() if name not in matrices}
-        self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay)
-        self.adamw = AdamW(self.rest.values())
+        self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay, ranks)
+        self.adamw = AdamW(self.rest.values(), ranks)
         model.cast(dtype)
         # [R] eq. 5: what would be the gradient of a bias is its expert's share of the tokens less 1 / E. AdamW turns
         # that into a PID-like loop. The skip entry, the last, is left alone.
@@ -369,22 +450,27 @@ class Optimizer:
         if self.balance:
             self.balance.step(self.config.balance_lr * falling / self.config.lr, list(load - 1 / load.shape[1]))
 
+    @property
+    def parts(self):
+        return [part for part in (self.muon, self.adamw, self.balance) if part]
+
     def masters(self):
-        """The model's state dict with fp32 masters in the place of bf16 weights."""
-        flat = self.adamw.flat.split([p.numel() for p in self.rest.values()])
+        """The model's state dict with fp32 masters in the place of bf16 weights: on rank 0, with all ranks' help."""
+        flat = self.adamw.whole(self.adamw.flat).split([p.numel() for p in self.rest.values()])
         rest = {name: master.view(p.shape) for (name, p), master in zip(self.rest.items(), flat)}
-        return self.model.state_dict() | self.muon.master | rest
+        return self.model.state_dict() | self.muon.collect(self.muon.master) | rest
 
     def state(self):
-        return self.muon.state() | self.adamw.state() | (self.balance.state() if self.balance else {})
+        """{name: tensor}, the same for any number of ranks: on rank 0, with all ranks' help."""
+        return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 
     def load_state(self, tensors, source):
         """Put back what state() gave. Raises ValueError if tensors are not the state of this model's optimizer."""
-        own = self.state()
-        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        shapes = {name: shape for part in self.parts for name, shape in part.state_shapes().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise ValueError(f"{source} is not the optimizer's state for this model")
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        for part in self.parts:
+            part.load_state(tensors)
 
 
 def learning_rate(step, config):
@@ -430,16 +516,23 @@ def replace_folder(new, final):
     sync(final.parent)
 
 
-def save_checkpoint(out, step, optimizer, tokenizer, record, keep):
-    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay."""
+def save_checkpoint(out, step, optimizer, tokenizer, record, keep, ranks):
+    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay.
+
+    All ranks give what they own, rank 0 writes. trainer.json has every file's size and SHA-256.
+    """
     final = out / f"step-{step:07d}"
     new = out / f".{final.name}.partial"
+    masters, state = optimizer.masters(), optimizer.state()
+    if not ranks.first:
+        return final
     shutil.rmtree(new, ignore_errors=True)
     try:
-        optimizer.model.save_pretrained(new, optimizer.masters())
+        optimizer.model.save_pretrained(new, masters)
         tokenizer.save(new)
-        save_safetensors(new / "trainer.safetensors", optimizer.state())
-        (new / "trainer.json").write_text(json.dumps({**record, "step": step}, indent=2) + "\n")
+        save_safetensors(new / "trainer.safetensors", state)
+        files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
+        (new / "trainer.json").write_text(json.dumps({**record, "step": step, "files": files}, indent=2) + "\n")
         replace_folder(new, final)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -449,6 +542,23 @@ def save_checkpoint(out, step, optimizer, tokenizer, record, keep):
     for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def sha256(path):
+    """A file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check(checkpoint):
+    """Raises ValueError or OSError, naming the file, unless every file of a checkpoint is as it was written."""
+    for name, (size, digest) in read_json(checkpoint / "trainer.json").get("files", {}).items():
+        path = checkpoint / name
+        if path.stat().st_size != size or sha256(path) != digest:
+            raise ValueError(f"{path} is damaged: another size or SHA-256 than when it was written")
 
 
 def mark_best(checkpoint):
@@ -610,11 +720,18 @@ def new_model(config, given, meta, eot):
 
 
 def checkpoint_to_resume(out, ranks):
-    """A run's newest whole checkpoint; None where there is none yet."""
-    try:
-        return find_checkpoint(out)
-    except FileNotFoundError:
-        ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
+    """A run's newest undamaged checkpoint; None where there is none yet. Raises ValueError if all are damaged."""
+    damage = None
+    for checkpoint in sorted(out.glob("step-*[0-9]"), reverse=True):
+        try:
+            check(checkpoint)
+            return checkpoint
+        except (ValueError, OSError, TypeError) as error:
+            damage = damage or error
+            ranks.first and print(f"{error}; trying the checkpoint before {checkpoint.name}", file=sys.stderr)
+    if damage:
+        raise ValueError(f"no checkpoint of {out} is whole; the newest: {damage}")
+    ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
 
 
 def open_run(out, flags, step):
@@ -681,7 +798,7 @@ def main():
     config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
-    optimizer = Optimizer(model, config, getattr(torch, config.dtype))
+    optimizer = Optimizer(model, config, getattr(torch, config.dtype), ranks)
     if checkpoint:
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
     config.compile = device.type == "cuda" if config.compile is None else config.compile
@@ -689,7 +806,7 @@ def main():
     ddp = compiled
     if ranks.world > 1:
         # Buffers are not broadcast: every rank counts its own tokens, and the balancing biases are equal anyway.
-        ddp = torch.nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
@@ -722,7 +839,7 @@ def main():
         lr = learning_rate(step, config)
 
         loss = add_up_gradients(ddp, train, step, config, ranks)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
         stop = torch.tensor(float(bool(asked_to_stop)), device=device)
@@ -765,10 +882,10 @@ def main():
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
-        if ranks.first and (due or stopping or step == config.steps):
-            path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep)
+        if due or stopping or step == config.steps:
+            path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep, ranks)
             saved_step = step
-            if better:
+            if better and ranks.first:
                 mark_best(path)
         if stopping:
             break

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import command, flags
+from conftest import command, flags, what_was_learned
 
 import sample
 import train
@@ -119,12 +119,23 @@ DAMAGED_RUN = {
 
 
 @pytest.mark.parametrize("name", DAMAGED_RUN)
-def test_a_damaged_checkpoint_is_named(name, finished, call, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, finished, call, tmp_path):
     damage, file = DAMAGED_RUN[name]
     out = shutil.copytree(finished.out, tmp_path / "out")
     newest = out / "step-0000006"
     damage(newest / file)
-    assert_refused(call(train, "--out", out, "--resume"), newest)
+    done = call(train, "--out", out, "--resume")
+    assert done.status == 0 and str(newest / file) in done.stderr and "trying the checkpoint before" in done.stderr
+    (losses, tensors), (expected_losses, expected) = what_was_learned(out), what_was_learned(finished.out)
+    assert losses == expected_losses and all(tensor.equal(expected[key]) for key, tensor in tensors.items())
+
+
+def test_when_all_checkpoints_are_damaged_the_newest_is_named(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    for checkpoint in out.glob("step-*"):
+        cut_in_half(checkpoint / "model.safetensors")
+    done = call(train, "--out", out, "--resume")
+    assert done.status == 2 and "step-0000006/model.safetensors is damaged" in done.lines[-1]
     assert not list(out.glob(".*"))
 
 

@@ -19,6 +19,7 @@ import tokenizers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import bpe, dataset
+from data.fineweb import prepare as fineweb
 from data.shakespeare import prepare as shakespeare
 from data.stdlib import prepare as stdlib
 from data.text import prepare as own_text
@@ -393,3 +394,110 @@ def test_shakespeare_from_a_file(server, tmp_path, capsys):
     (tmp_path / "play.txt").write_text(PLAY + "x")
     assert "not tiny Shakespeare" in fails(shakespeare.main, capsys, tmp_path / "no", "--file", tmp_path / "play.txt")
     assert "nowhere" in fails(shakespeare.main, capsys, tmp_path / "no", "--file", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- FineWeb
+
+
+def shard(ids):
+    """A file as the hub has them: a header of 256 int32, then the tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    return header.tobytes() + np.array(ids, "<u2").tobytes()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on 127.0.0.1: a redirect with the SHA-256, then the storage, which knows ranges and may break off once."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            httpd.asked.append((self.path, self.headers.get("Range")))
+            body = httpd.files.get(name)
+            if body is None:
+                self.send_error(404)
+            elif self.path.startswith("/main/"):
+                self.send_response(302)
+                self.send_header("Location", f"/storage/{name}")
+                if sha256 := httpd.sha256.get(name, hashlib.sha256(body).hexdigest()):
+                    self.send_header("X-Linked-ETag", f'"{sha256}"')
+                self.end_headers()
+            else:
+                start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and httpd.ranges else 0
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", len(body) - start)
+                self.end_headers()
+                self.wfile.write(body[start:][: httpd.breaks.pop(name, None)])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.asked, httpd.files, httpd.sha256, httpd.breaks, httpd.ranges = [], {}, {}, {}, True
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}/main"
+    threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
+    gpt2 = make("gpt2")
+    httpd.gpt2, httpd.texts = gpt2, {"val_000000": ["naïve – é", "held out"], "train_000001": ["one", "two "], "train_000002": ["3"]}
+    for name, texts in httpd.texts.items():
+        httpd.files[f"fineweb_{name}.bin"] = shard([i for text in texts for i in [gpt2.eot, *gpt2.encode(text)]])
+    monkeypatch.setattr(fineweb, "WAITS", [0])
+    monkeypatch.setattr(fineweb, "load_tokenizer", lambda name: gpt2 if name == "gpt2" else load_tokenizer(name))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def prepare_fineweb(hub, out, *flags):
+    fineweb.main(["--url", hub.url, "--out", str(out), *flags])
+    meta = json.loads((out / "meta.json").read_text())
+    return meta, tokens(out, "train").tolist(), tokens(out, "val").tolist()
+
+
+@pytest.mark.parametrize("trouble", ["none", "breaks off", "breaks off and knows no ranges", "no hash"])
+def test_fineweb(trouble, hub, tmp_path):
+    if "breaks" in trouble:
+        hub.breaks = {"fineweb_train_000001.bin": 1027}
+        hub.ranges = "no ranges" not in trouble
+    if trouble == "no hash":
+        hub.sha256 = dict.fromkeys(hub.files)
+    meta, train, val = prepare_fineweb(hub, tmp_path, "--shards", "2")
+    bodies = [np.frombuffer(body, "<u2")[512:].tolist() for _, body in sorted(hub.files.items())]
+    assert train == bodies[0] + bodies[1] and val == bodies[2]
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint16", hub.gpt2.n_vocab)
+    assert meta["bytes_per_token"] * len(val) == pytest.approx(len("naïve – éheld out".encode()))
+    assert load_tokenizer(tmp_path).encode("held out") == hub.gpt2.encode("held out")
+    assert (trouble == "breaks off") == (("/storage/fineweb_train_000001.bin", "bytes=1027-") in hub.asked and hub.ranges)
+
+
+def test_fineweb_goes_on_and_adds(hub, tmp_path, capsys):
+    hub.breaks = {"fineweb_train_000002.bin": 1025}
+    hub.files["fineweb_train_000002.bin"], whole = None, hub.files["fineweb_train_000002.bin"]
+    with pytest.raises(SystemExit):
+        prepare_fineweb(hub, tmp_path, "--shards", "2")
+    assert "404" in capsys.readouterr().err and not (tmp_path / "meta.json").exists()
+    hub.files["fineweb_train_000002.bin"], hub.asked[:] = whole, []
+    prepare_fineweb(hub, tmp_path, "--shards", "2")
+    assert {path for path, _ in hub.asked} == {"/main/fineweb_train_000002.bin", "/storage/fineweb_train_000002.bin"}
+
+
+@pytest.mark.parametrize("damage", ["hash", "magic", "short"])
+def test_fineweb_damaged(damage, hub, tmp_path, capsys):
+    name = "fineweb_train_000001.bin"
+    if damage == "hash":
+        hub.sha256 = {name: "0" * 64}
+    else:
+        hub.files[name] = b"\0" + hub.files[name][1:] if damage == "magic" else hub.files[name][:-2]
+    with pytest.raises(SystemExit) as end:
+        prepare_fineweb(hub, tmp_path, "--shards", "1")
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and name in lines[0] and "start again" in lines[0]
+    assert not list(tmp_path.glob("**/*train*"))
+
+
+def test_fineweb_in_another_tokenizer(hub, tmp_path):
+    make("bytes").save(tmp_path / "bytes")
+    meta, train, val = prepare_fineweb(hub, tmp_path / "out", "--shards", "2", "--tokenizer", str(tmp_path / "bytes"))
+    assert train == [i for text in ("one", "two ", "3") for i in [*text.encode(), 256]]
+    assert meta["bytes_per_token"] == pytest.approx((len(val) - 2) / len(val))

@@ -24,6 +24,8 @@ from zaya import Zaya, ZayaConfig, load_safetensors
 
 CPU = torch.device("cpu")
 
+ALONE = SimpleNamespace(rank=0, world=1, first=True)
+
 
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def test_muon_is_the_textbook_one_matrix_by_matrix():
 
     expected = [weight.clone() for weight in pieces(parameters)]
     buffers = [torch.zeros_like(weight) for weight in expected]
-    muon = Muon(parameters, torch.float32, momentum=0.9, weight_decay=0.1)
+    muon = Muon(parameters, torch.float32, momentum=0.9, weight_decay=0.1, ranks=ALONE)
     muon.BATCH = 300  # the matrices of a shape fall into more than one batch, too
     for step in range(3):
         for p in parameters.values():
@@ -118,7 +120,7 @@ def test_adamw_is_torchs_without_decay():
 
 def test_balancing_is_adamw_on_the_share_less_an_even_one():
     model = tiny_model()
-    optimizer = Optimizer(model, TrainConfig(balance_lr=0.01), torch.float32)
+    optimizer = Optimizer(model, TrainConfig(balance_lr=0.01), torch.float32, ALONE)
     plain = torch.zeros(2, 4, requires_grad=True)
     reference = torch.optim.AdamW(
         [plain], lr=0.01, betas=optimizer.balance.betas, eps=optimizer.balance.eps, weight_decay=0
@@ -144,7 +146,7 @@ def test_balancing_evens_out_a_forced_imbalance():
             for part in ("fc1", "fc2", "out_proj"):
                 router.router_mlp[part].weight.mul_(4)  # a router that has learned to tell tokens apart
             router.balancing_biases[0] = 1.5  # everything goes to expert 0
-    optimizer = Optimizer(model, TrainConfig(), torch.float32)
+    optimizer = Optimizer(model, TrainConfig(), torch.float32, ALONE)
 
     def load():
         with torch.no_grad():
@@ -165,7 +167,7 @@ def test_balancing_evens_out_a_forced_imbalance():
 
 def test_what_muon_and_what_adamw_moves():
     model = tiny_model(tie_word_embeddings=False)
-    optimizer = Optimizer(model, TrainConfig(), torch.float32)
+    optimizer = Optimizer(model, TrainConfig(), torch.float32, ALONE)
     muon, rest = set(optimizer.muon.parameters), set(optimizer.rest)
     assert muon | rest == {name for name, _ in model.named_parameters()} and not muon & rest
     assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} <= rest
@@ -180,7 +182,7 @@ def test_what_muon_and_what_adamw_moves():
 def test_bf16_has_fp32_masters_and_they_are_what_is_saved(tmp_path):
     model = tiny_model()
     tiny_lr = 1e-6  # far below bf16's resolution: weights of bf16 alone would not move
-    optimizer = Optimizer(model, TrainConfig(weight_decay=0.0, lr=tiny_lr, warmup=0), torch.bfloat16)
+    optimizer = Optimizer(model, TrainConfig(weight_decay=0.0, lr=tiny_lr, warmup=0), torch.bfloat16, ALONE)
     before = {name: tensor.clone() for name, tensor in optimizer.masters().items()}
     for seed in range(2):
         loss_of(model, seed).backward()
@@ -549,6 +551,45 @@ def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path
         shutil.rmtree(out / checkpoint)
     assert call(train, "--out", out, "--resume").status == 0
     assert_near(out, finished.out, 1e-5)
+
+
+def test_one_step_is_the_same_on_any_number_of_ranks(tiny, tmp_path):
+    """Loss, gradients (in the momenta after one step), expert counts, biases and weights."""
+    runs = []
+    for ranks in (1, 2, 4):
+        out = tmp_path / str(ranks)
+        one_each = flags(**tiny | {"steps": 1, "warmup": 0}, micro_batch_size=1, out=out)
+        done = command("train.py", *one_each, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        runs.append((log_of(out)[0], *what_was_learned(out)))
+    for entry, losses, tensors in runs[1:]:
+        assert entry["load"] == runs[0][0]["load"] and tensors.keys() == runs[0][2].keys()
+        assert abs(losses[1] - runs[0][1][1]) < 1e-6
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, runs[0][2][name], rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}")
+
+
+def test_saved_on_two_ranks_resumed_on_four(finished, tiny, tmp_path):
+    out = tmp_path / "out"
+    first = command("train.py", *flags(**tiny, keep=9, out=out), ranks=2)
+    for checkpoint in ("step-0000004", "step-0000006"):
+        shutil.rmtree(out / checkpoint)
+    again = command("train.py", "--out", out, "--resume", ranks=4)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert_near(out, finished.out, 1e-5)
+
+
+def test_every_rank_has_its_share(tmp_path):
+    """Masters and momenta lie on one rank each, and none has much more to make orthogonal than another."""
+    parameters = {f"{i}.o_proj.weight": torch.zeros(8, 4 * (1 + i % 3)) for i in range(20)}
+    shards = [
+        Muon(parameters, torch.bfloat16, 0.9, 0.1, SimpleNamespace(rank=rank, world=3, first=rank == 0))
+        for rank in range(3)
+    ]
+    assert sorted(name for muon in shards for name in muon.buffer) == sorted(parameters)
+    assert all(muon.buffer.keys() == muon.master.keys() for muon in shards)
+    work = [sum(p.numel() * min(p.shape) for p in muon.buffer.values()) for muon in shards]
+    assert max(work) < 1.2 * min(work)
 
 
 def test_saved_on_one_rank_resumed_on_two(finished, tmp_path):

@@ -1,0 +1,176 @@
+"""FineWeb, 10 billion tokens of web pages in GPT-2's tokens, as kjj0/fineweb10B-gpt2 on the Hugging Face hub publishes it:
+103 shards of 100 million tokens to train on (200 MB each), of which --shards are taken, and one to validate on.
+
+A download that breaks off goes on where it stopped, also when this is started again.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
+from data.dataset import Parser, in_range, one_line_errors
+from data.tokenizer import load_tokenizer, write_aside
+
+URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
+MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
+TIMEOUT = 30  # seconds without a byte
+WAITS = [1, 2, 4, 8]  # seconds before each retry
+PIECE = 2**24  # bytes or tokens that are in memory at a time
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Remembers the header with a file's SHA-256: the hub sends it along with the redirect to its storage."""
+
+    sha256 = None
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        self.note(headers)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+    def note(self, headers):
+        self.sha256 = (headers.get("X-Linked-ETag") or "").strip('"') or self.sha256
+
+
+def download(url, path):
+    """The file at url, complete and checked, at path. OSError after the last retry, ValueError if it is damaged."""
+    partial = path.with_name(f".{path.name}.partial")
+    for wait in [*WAITS, None]:
+        try:
+            sha256 = fetch_rest(url, partial)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500  # asking again would not help
+            if wait is None or refused:
+                raise OSError(f"{url}: {error}; what came is kept, start again to go on") from None
+            time.sleep(wait)
+    if sha256 and digest(partial) != sha256:
+        partial.unlink()
+        raise ValueError(f"{url} came damaged (another SHA-256); it is removed, start again")
+    os.replace(partial, path)
+
+
+def digest(path):
+    """A file's SHA-256."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(PIECE):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def fetch_rest(url, partial):
+    """What partial still lacks of url, with a progress bar -> the SHA-256 that the server gives for the whole, or None."""
+    start = partial.stat().st_size if partial.exists() else 0
+    redirects = Redirects()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not start:  # 416: nothing is left from `start` on
+            raise
+        total = error.headers.get("Content-Range", "").rpartition("/")[2]
+        if total != str(start):
+            partial.unlink()
+            raise OSError("what was there is no beginning of the file; removed") from None
+        redirects.note(error.headers)
+        return redirects.sha256
+    with response, open(partial, "ab") as file:
+        redirects.note(response.headers)
+        if response.status != 206:  # the server sends all of it, whatever we have
+            start = 0
+            file.seek(0)
+            file.truncate()
+        total = start + int(response.headers["Content-Length"])
+        with tqdm(total=total, initial=start, desc=url.rpartition("/")[2], unit="B", unit_scale=True, disable=None) as bar:
+            while block := response.read(2**16):
+                file.write(block)
+                bar.update(len(block))
+        size = file.tell()
+    if size != total:
+        raise OSError(f"only {size:,} of {total:,} bytes came")
+    return redirects.sha256
+
+
+def read_shard(path):
+    """A shard's tokens, mapped, (count) uint16. ValueError, and the file is removed, if it is no whole shard."""
+    header = np.fromfile(path, "<i4", 3)
+    if len(header) < 3 or tuple(header[:2]) != (MAGIC, VERSION) or path.stat().st_size != HEADER + 2 * int(header[2]):
+        path.unlink()
+        raise ValueError(f"{path.name} is no whole shard of version {VERSION}; it is removed, start again")
+    return np.memmap(path, "<u2", "r", HEADER, (int(header[2]),))
+
+
+def pieces(shard, gpt2, tokenizer):
+    """A shard's tokens piece by piece, in the tokenizer asked for; in another than GPT-2's, document by document."""
+    if tokenizer is gpt2:
+        yield from (shard[start : start + PIECE] for start in range(0, len(shard), PIECE))
+        return
+    ends = np.flatnonzero(shard == gpt2.eot)  # it stands before each document
+    starts = [0, *(ends + 1).tolist()]
+    for start, end in zip(tqdm(starts, unit=" documents", disable=None), [*ends.tolist(), len(shard)]):
+        if end > start:
+            ids = tokenizer.encode(gpt2.decode(shard[start:end].tolist()))
+            yield np.array(ids + ([] if tokenizer.eot is None else [tokenizer.eot]), "<u4")
+
+
+def write_tokens(path, shards, gpt2, tokenizer, dtype):
+    """All shards' tokens in one file -> how many."""
+    count = 0
+    with write_aside(path) as file:
+        for shard in shards:
+            for ids in pieces(read_shard(shard), gpt2, tokenizer):
+                ids.astype(dtype).tofile(file)
+                count += len(ids)
+    return count
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.replace("%", "%%"), allow_abbrev=False)
+    parser.add_argument("--shards", type=in_range(int, 1, 103), default=10, metavar="N",
+                        help="shards to train on, 1 to 103, of 100 million tokens each (default: 10)")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="gpt2|DIR", help="gpt2, or a folder with a "
+                        "tokenizer.json, such as a checkpoint, whose tokens the text is written in (default: gpt2)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR",
+                        help="folder to write into (default: this file's)")
+    parser.add_argument("--url", default=URL, help="address of the folder with the shards (default: the hub's)")
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        gpt2 = load_tokenizer("gpt2")
+        tokenizer = gpt2 if args.tokenizer == "gpt2" else load_tokenizer(args.tokenizer)
+        dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
+        (args.out / "shards").mkdir(parents=True, exist_ok=True)
+        names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, args.shards + 1))]
+        shards = [args.out / "shards" / name for name in names]
+        for path in shards:
+            if not path.exists():
+                download(f"{args.url}/{path.name}", path)
+            read_shard(path)  # complains at once, not after the last download
+        (args.out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
+        little = np.dtype(dtype).newbyteorder("<")
+        val_tokens = write_tokens(args.out / "val.bin", shards[:1], gpt2, tokenizer, little)
+        train_tokens = write_tokens(args.out / "train.bin", shards[1:], gpt2, tokenizer, little)
+        lengths = np.array([0 if i == gpt2.eot else len(gpt2.decode_bytes([i])) for i in range(gpt2.n_vocab)])
+        val = read_shard(shards[0])
+        val_bytes = sum(int(lengths[val[start : start + PIECE]].sum()) for start in range(0, len(val), PIECE))
+        meta = {"dtype": dtype, "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer.name,
+                "bytes_per_token": val_bytes / val_tokens, "train_tokens": train_tokens, "val_tokens": val_tokens}
+        tokenizer.save(args.out)
+        with write_aside(args.out / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode() + b"\n")
+    print(f"{args.out}: {train_tokens:,} training and {val_tokens:,} validation tokens; tokenizer {tokenizer.name}, "
+          f"{meta['bytes_per_token']:.2f} bytes a token. {args.out / 'shards'} may be deleted; with it more shards can "
+          "be added later without loading these again.")
+
+
+if __name__ == "__main__":
+    main()
