@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import zip_longest
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    KERNELS, PRESETS, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
     save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
@@ -170,6 +170,82 @@ def tune_memory():
         if hasattr(libc, "mallopt"):
             libc.mallopt(MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(TRIM_THRESHOLD, 1 << 30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the hardware can do, and what a step takes of it
+
+PEAK_FLOPS = {  # dense bf16 by datasheet, by a part of the device's name
+    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250": 383e12,
+    "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+}  # fmt: skip
+
+
+def rates(device, dtype):
+    """(peak by datasheet, or None where the device is not known; the rate of a large product here and now), FLOP/s."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, getattr(torch, dtype))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    a, seconds = torch.randn(size, size, device=device).to(dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits
+        seconds.append(time.perf_counter() - start)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None), 2 * size**3 / min(seconds)
+
+
+def flops_a_token(config, active, block_size):
+    """6 operations for each active weight and each of the LM head, forward and backward, and causal attention: a
+    token's scores and sum of values over half the block on average, 2 operations each, three forwards' worth."""
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size / 2
+    return 6 * (active + config.vocab_size * config.hidden_size) + attention
+
+
+def memory_plan(model, optimizer, tokens):
+    """{what: bytes} that training takes on this rank, before it is taken; tokens: of one micro-batch.
+
+    Activations are what the backward pass needs of every layer: the stream and what is added to it at both merges,
+    inputs and results of the products (eager PyTorch keeps up to a third more); and the gradient and a chunk of logits.
+    """
+    c, size = model.config, next(p.element_size() for name, p in model.named_parameters() if "o_proj" in name)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = [*optimizer.muon.buffer.values(), optimizer.adamw.flat, optimizer.adamw.mean, optimizer.adamw.square]
+    kept += optimizer.muon.master.values() if size < 4 else []
+    attention = (2 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim * 2
+    experts = 3 * c.moe_intermediate_size + 5 * c.router_hidden_size + 4 * c.hidden_size
+    layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + attention + experts) * size
+    head = 2 * c.vocab_size * c.hidden_size * 4 + 3 * 4 * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
+    return {
+        "weights": weights, "gradients": weights, "optimizer": sum(t.numel() * t.element_size() for t in kept),
+        "activations": tokens * c.num_hidden_layers * layer + head,
+    }  # fmt: skip
+
+
+def say_memory(plan, ranks):
+    """Print a rank's plan beside what its GPU has."""
+    line = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in plan.items())
+    line = f"rank {ranks.rank}: {line}; {sum(plan.values()) / 1e9:.2f} GB in all"
+    if ranks.device.type == "cuda":
+        line += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 1e9:.0f} GB"
+    print(line, flush=True)
+
+
+class Clock:
+    """Where a run's time goes: with clock("data"): adds up what the block takes; and every step's milliseconds."""
+
+    def __init__(self):
+        self.spent, self.steps = {"data": 0.0, "evaluation": 0.0, "checkpoints": 0.0}, []
+
+    @contextmanager
+    def __call__(self, what):
+        start = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - start
+
+    def summary(self):
+        ms = np.array(self.steps) if self.steps else np.zeros(1)
+        p50, p95 = np.percentile(ms, (50, 95))
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.spent.items())
+        return f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {ms.max():.0f} (max); besides: {spent}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -747,13 +823,14 @@ def open_run(out, flags, step):
     return open(out / "log.jsonl", "a", buffering=1)
 
 
-def add_up_gradients(ddp, train, step, config, ranks):
+def add_up_gradients(ddp, train, step, config, ranks, clock):
     """A rank's share of a step, micro-batch after micro-batch -> its mean loss. The gradients that are left behind are
     the mean over all ranks, taken while the last micro-batch's backward pass goes on."""
     share, size = config.batch_size // ranks.world, config.micro_batch_size
     first, mean = ranks.rank * share, torch.zeros((), device=ranks.device)
     for start in range(first, first + share, size):
-        inputs, targets = train.training_batch(step, config.batch_size, start, start + size, ranks.device)
+        with clock("data"):
+            inputs, targets = train.training_batch(step, config.batch_size, start, start + size, ranks.device)
         more_to_come = ranks.world > 1 and start + size < first + share
         with ddp.no_sync() if more_to_come else nullcontext():
             _, loss = ddp(inputs, targets)
@@ -816,6 +893,7 @@ def main():
         ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
         return
 
+    say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
         log = open_run(out, keep, record["step"])
@@ -824,13 +902,15 @@ def main():
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(train.ids) / 1e6:.1f}M tokens of "
             f"{config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
         )
+        peak, product = rates(device, config.dtype)
+        flops = flops_a_token(model.config, active, config.block_size) / ranks.world
 
     # SIGTERM and Ctrl-C finish the step, save, and leave with status 0.
     asked_to_stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked_to_stop.append(number))
 
-    step, bad_in_a_row = record["step"], 0
+    step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saved_step = step if checkpoint else None
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
@@ -838,7 +918,7 @@ def main():
         started = time.perf_counter()
         lr = learning_rate(step, config)
 
-        loss = add_up_gradients(ddp, train, step, config, ranks)
+        loss = add_up_gradients(ddp, train, step, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
@@ -858,15 +938,21 @@ def main():
 
         # Log, evaluate, save.
         seconds = time.perf_counter() - started
+        clock.steps.append(1e3 * seconds)
         entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
         entry |= {"tokens_per_s": config.batch_size * config.block_size / seconds, "step_ms": 1e3 * seconds}
+        if ranks.first:
+            entry["tflops"] = flops * entry["tokens_per_s"] / 1e12  # of one GPU
+            entry["of_product"] = 1e12 * entry["tflops"] / product
+            entry |= {"mfu": 1e12 * entry["tflops"] / peak} if peak else {}
         if counts is not None:
             entry["load_entropy"] = load_entropy(counts[:, :-1].float())
             if step % load_every == 0:
                 entry["load"] = counts[:, :-1].tolist()
         better = False
         if step % config.eval_every == 0 or step == config.steps:
-            val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
+            with clock("evaluation"):
+                val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
             entry |= {"val_loss": finite(val_loss), "val_bpb": finite(val_loss / math.log(2) / meta["bytes_per_token"])}
             if entropy is not None:
                 entry["val_load_entropy"] = entropy
@@ -883,7 +969,8 @@ def main():
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
         if due or stopping or step == config.steps:
-            path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep, ranks)
+            with clock("checkpoints"):
+                path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep, ranks)
             saved_step = step
             if better and ranks.first:
                 mark_best(path)
@@ -891,6 +978,7 @@ def main():
             break
     bar.close()
     if ranks.first:
+        report_speed(clock, out)
         plot(out)
         farewell(model, tokenizer, config, step)
     ranks.wait()
@@ -919,6 +1007,19 @@ def report(bar, entry):
             f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, "
             f"{entry['val_bpb']:.4f} bits a byte{entropy}"
         )
+
+
+def report_speed(clock, out):
+    """Where the time went, and how much of the machine was used, over this run's steps but the first ones."""
+    entries = [entry for entry in read_log(out) if "tflops" in entry][-max(1, len(clock.steps) * 9 // 10) :]
+    if not entries or not clock.steps:
+        return
+    middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
+    mfu = f", MFU {np.median([e['mfu'] for e in entries]):.1%}" if "mfu" in entries[-1] else ""
+    print(
+        f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{mfu}, "
+        f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"
+    )
 
 
 def farewell(model, tokenizer, config, step):

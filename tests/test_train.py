@@ -18,9 +18,10 @@ import torch
 from conftest import ENVIRONMENT, ROOT, SHAPE, command, flags, log_of, what_was_learned
 
 import train
+import zaya
 from data.tokenizer import load_tokenizer
 from train import Muon, Optimizer, Tokens, TrainConfig, learning_rate, load_entropy, newton_schulz
-from zaya import Zaya, ZayaConfig, load_safetensors
+from zaya import PRESETS, Zaya, ZayaConfig, load_safetensors, replica
 
 CPU = torch.device("cpu")
 
@@ -590,6 +591,47 @@ def test_every_rank_has_its_share(tmp_path):
     assert all(muon.buffer.keys() == muon.master.keys() for muon in shards)
     work = [sum(p.numel() * min(p.shape) for p in muon.buffer.values()) for muon in shards]
     assert max(work) < 1.2 * min(work)
+
+
+@pytest.mark.parametrize("kernels, within", [("triton", 0.05), ("eager", 0.33)])
+def test_memory_of_activations_is_as_planned(kernels, within):
+    """What autograd keeps of a forward pass, every storage once."""
+    torch.manual_seed(0)
+    config, kept = replica(128, 3, 16, vocab_size=64), {}
+    model = Zaya(config, kernels)
+    plan = train.memory_plan(model, Optimizer(model, TrainConfig(), torch.float32, ALONE), 48)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(torch.randint(64, (1, 48)), torch.randint(64, (1, 48)))[1]
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    head = 2 * 64 * 128 * 4 + 3 * 4 * zaya.LOGITS_AT_ONCE[False]
+    assert loss.isfinite() and found == pytest.approx(plan["activations"] - head, rel=within)
+
+
+def test_zaya1_8b_fits_eight_gpus(capsys):
+    """In bf16, a sequence of 4,096 tokens a forward pass, on 192 GB each; no memory is taken to say so."""
+    plans = []
+    with torch.device("meta"):
+        for rank in range(8):
+            model = Zaya(PRESETS["zaya1-8b"])
+            ranks = SimpleNamespace(rank=rank, world=8, first=rank == 0, device=torch.device("meta"))
+            plans.append(train.memory_plan(model, Optimizer(model, TrainConfig(), torch.bfloat16, ranks), 4096))
+            train.say_memory(plans[-1], ranks)
+    assert max(sum(plan.values()) for plan in plans) < 192e9
+    assert sum(plan["optimizer"] for plan in plans) >= 8 * 8.3e9  # masters and momenta, each somewhere
+    assert "rank 7: weights 17.68, gradients 17.68" in capsys.readouterr().out
+
+
+def test_flops_of_a_token():
+    """6 a weight that multiplies, embedding left out and head counted, and attention over half the block."""
+    config = PRESETS["zaya1-8b"]
+    attention = 3 * 2 * 2 * 40 * 8 * 128 * 2048
+    assert train.flops_a_token(config, 753_608_528, 4096) == 6 * (753_608_528 + 262_272 * 2048) + attention
 
 
 def test_saved_on_one_rank_resumed_on_two(finished, tmp_path):
