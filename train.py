@@ -20,7 +20,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -28,11 +28,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint as run_again
 from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    KERNELS, LOGITS_AT_ONCE, PRESETS, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
     save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
@@ -62,6 +63,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
     kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
+    recompute: bool = False  # keep less for the backward pass: attention and experts are computed again there
     compile: bool | None = None  # torch.compile; None: on a GPU
     eval_every: int = 100  # steps between evaluations
     eval_batches: int = 16  # micro-batches an evaluation, spread over the validation text; 0: all of it
@@ -211,13 +213,25 @@ def memory_plan(model, optimizer, tokens):
     kept = [*optimizer.muon.buffer.values(), optimizer.adamw.flat, optimizer.adamw.mean, optimizer.adamw.square]
     kept += optimizer.muon.master.values() if size < 4 else []
     attention = (2 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim * 2
-    experts = 3 * c.moe_intermediate_size + 5 * c.router_hidden_size + 4 * c.hidden_size
-    layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + attention + experts) * size
+    experts = 3 * c.moe_intermediate_size + 4 * c.hidden_size
+    layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + 5 * c.router_hidden_size) * size
+    layer += 0 if optimizer.config.recompute else (attention + experts) * size
     head = 2 * c.vocab_size * c.hidden_size * 4 + 3 * 4 * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
     return {
         "weights": weights, "gradients": weights, "optimizer": sum(t.numel() * t.element_size() for t in kept),
         "activations": tokens * c.num_hidden_layers * layer + head,
     }  # fmt: skip
+
+
+def recompute(model):
+    """Let attention and experts keep nothing but their inputs, and run again in the backward pass. The router is not
+    among them: it would count its tokens twice."""
+    for layer in model.layers:
+        layer.self_attn.forward = partial(run_again, layer.self_attn.forward, use_reentrant=False)
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.weighed_experts = partial(run_again, layer.mlp.weighed_experts, use_reentrant=False)
+        else:
+            layer.mlp.forward = partial(run_again, layer.mlp.forward, use_reentrant=False)
 
 
 def say_memory(plan, ranks):
@@ -875,6 +889,8 @@ def main():
     config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
+    if config.recompute:
+        recompute(model)
     optimizer = Optimizer(model, config, getattr(torch, config.dtype), ranks)
     if checkpoint:
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")

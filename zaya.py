@@ -480,19 +480,23 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x, router_state):
         """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
-        shape, x, gate_up, down = x.shape, x.flatten(0, 1), self.experts.gate_up_proj, self.experts.down_proj
+        shape, x = x.shape, x.flatten(0, 1)
         probability, choice, _, router_state = self.gate(x, router_state)
         # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
-        choice, x = choice.clamp_max(self.num_experts - 1), x.to(down.dtype)
-        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
-            y = experts_of_few(x, probability, choice, gate_up, down)
-        elif x.device.type == "cpu" and not on_kernels(x):
-            y = experts_on_cpu(x, probability, choice, gate_up, down)
-        else:
-            x, positions, offsets = dispatch(x, choice, self.num_experts)
-            y = combine(experts(x, gate_up, down, offsets), positions, probability)
+        y = self.weighed_experts(x, probability, choice.clamp_max(self.num_experts - 1))
         return y.view(shape), router_state
+
+    def weighed_experts(self, x, probability, choice):
+        """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D)."""
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        x = x.to(down.dtype)
+        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+            return experts_of_few(x, probability, choice, gate_up, down)
+        if x.device.type == "cpu" and not on_kernels(x):
+            return experts_on_cpu(x, probability, choice, gate_up, down)
+        x, positions, offsets = dispatch(x, choice, self.num_experts)
+        return combine(experts(x, gate_up, down, offsets), positions, probability)
 
 
 @has_kernel

@@ -1,0 +1,123 @@
+"""Training speed on one GPU: tokens/s and MFU of a replica, optimizer included; beside its dense twin and transformers.
+
+    python tests/bench_train.py                        preset small (1.1B parameters), 4,096 tokens of context, bf16
+    python tests/bench_train.py --preset nano --micro_batch_size 2 --tokens 1024 --steps 2      a try on a CPU
+
+MFU: 6 x (active parameters without the embedding + the LM head) a token, plus causal attention, over the GPU's dense bf16
+peak by datasheet. transformers is timed forward and backward alone, against the same of ours: same weights, same tokens.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train import Optimizer, TrainConfig, flops_a_token, rates  # noqa: E402
+from zaya import KERNELS, PRESETS, Zaya  # noqa: E402
+
+ALONE = SimpleNamespace(rank=0, world=1, first=True)
+
+
+def median_seconds(function, steps, device):
+    """After two calls to warm up."""
+    times = []
+    for i in range(steps + 2):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times += [time.perf_counter() - start] if i >= 2 else []
+    return statistics.median(times)
+
+
+def forward_and_backward(run, tokens, pieces):
+    """The gradient of a batch, micro-batch after micro-batch. run(inputs, targets) -> loss."""
+    for rows in tokens.chunk(pieces):
+        (run(rows[:, :-1], rows[:, 1:]) / pieces).backward()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="the model (default: small)")
+    parser.add_argument("--tokens", type=int, default=524288, help="tokens a step (default: 524288)")
+    parser.add_argument("--micro_batch_size", type=int, default=8, help="sequences a forward pass (default: 8)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as in train.py (default: auto)")
+    parser.add_argument("--compile", type=int, choices=(0, 1), default=None, help="0 or 1 (default: 1 on a GPU)")
+    flags = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compiled = device.type == "cuda" if flags.compile is None else flags.compile
+    peak, product = rates(device, str(dtype).split(".")[1])
+    config = PRESETS[flags.preset]
+    context = config.max_position_embeddings
+    tokens = torch.randint(config.vocab_size, (max(1, flags.tokens // context), context + 1), device=device)
+    pieces = max(1, len(tokens) // flags.micro_batch_size)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(
+        f"{name}, torch {torch.__version__}, {dtype}, {len(tokens)} x {context} tokens a step in {pieces} micro-batches, "
+        f"a large product {product / 1e12:.1f} TFLOP/s"
+    )
+    for label, twin in (("MoE", config), ("dense twin", replace(config, mlp="dense"))):
+        torch.manual_seed(0)
+        model = Zaya(twin, flags.kernels).to(device)
+        optimizer = Optimizer(model, TrainConfig(), dtype, ALONE)
+        run = torch.compile(model, dynamic=False) if compiled else model
+        load = torch.full((config.num_hidden_layers, config.num_experts), 1 / config.num_experts, device=device)
+
+        def step():
+            forward_and_backward(lambda x, y: run(x, y)[1], tokens, pieces)
+            optimizer.step(0, load)
+            model.zero_grad(set_to_none=True)
+
+        seconds = median_seconds(step, flags.steps, device)
+        total, active = model.parameter_counts()
+        achieved = flops_a_token(twin, active, context) * tokens[:, 1:].numel() / seconds
+        mfu = f"MFU {achieved / peak:.1%}" if peak else "MFU unknown (no datasheet for this device)"
+        print(
+            f"{label:12}{total / 1e6:8.0f}M parameters, {active / 1e6:.0f}M active: {seconds:.3f} s a step, "
+            f"{tokens[:, 1:].numel() / seconds:,.0f} tokens/s, {achieved / 1e12:.2f} TFLOP/s, {mfu}, "
+            f"{achieved / product:.1%} of the product's rate",
+            flush=True,
+        )
+        if label == "MoE":
+            few = tokens[: flags.micro_batch_size]
+            ours = median_seconds(lambda: forward_and_backward(lambda x, y: run(x, y)[1], few, 1), flags.steps, device)
+            weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+        del model, optimizer, run
+
+    from transformers import ZayaForCausalLM
+
+    with torch.device("meta"):
+        names = Zaya(config)
+    with tempfile.TemporaryDirectory() as folder:
+        names.save_pretrained(folder, weights)
+        theirs = ZayaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
+    theirs.set_experts_implementation("grouped_mm")
+    for label, run in {"eager": theirs, "compiled": torch.compile(theirs) if compiled else None}.items():
+        if run is None:
+            continue
+
+        def loss(x, y, run=run):
+            return run(x, labels=y, shift_labels=y.contiguous(), use_cache=False).loss
+
+        try:
+            seconds = median_seconds(lambda: forward_and_backward(loss, few, 1), flags.steps, device)
+        except Exception as error:  # whatever keeps torch.compile from it is theirs to say
+            print(f"transformers, {label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        print(
+            f"transformers, {label}: forward and backward of {few[:, 1:].numel():,} tokens {seconds:.3f} s, ours "
+            f"{ours:.3f} s: {seconds / ours:.2f} times as fast"
+        )
+
+
+if __name__ == "__main__":
+    main()
