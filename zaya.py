@@ -735,34 +735,46 @@ class Zaya(nn.Module):
         """
         path = find_checkpoint(path)
         config = config_from_json(read_json(path / "config.json"))
-        tensors = {}
-        for file in sorted(path.glob("model*.safetensors")):
-            tensors |= load_safetensors(file)
-        if not tensors:
+        files = sorted(path.glob("model*.safetensors"))
+        if not files:
             raise FileNotFoundError(f"{path} has no model.safetensors")
+        entries = {file: safetensors_header(file)[0] for file in files}
+        stored = {name: dtype for header in entries.values() for name, (dtype, *_) in header.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
-        embedding = tensors.get("model.embed_tokens.weight")
-        model.cast(dtype or (torch.float32 if embedding is None else embedding.dtype)).to_empty(device=device)
+        embedding = stored.get("model.embed_tokens.weight", torch.float32)
+        model.cast(dtype or embedding).to_empty(device=device)
         for router in model.routers:
             router.counts.zero_()
-        model.load_official(tensors, path)
+        model.load_official(files)
         return model
 
     @torch.no_grad()
-    def load_official(self, tensors, source):
-        """Copy tensors, under their official names, into this model. ValueError unless they fit and are finite."""
+    def load_official(self, files):
+        """Read this model's tensors from official files, native or legacy, each straight to its place: no second copy in
+        memory. ValueError, naming a tensor, unless all are there, none is too many, shapes fit and numbers are finite."""
         own = official_names(self.state_dict())
-        if missing := sorted(own.keys() - tensors.keys()):
-            raise ValueError(f"{source} lacks {len(missing)} tensors of this model, {missing[0]} first")
-        if surplus := sorted(tensors.keys() - own.keys()):
-            raise ValueError(f"{source} holds {len(surplus)} tensors that this model has not, {surplus[0]} first")
-        for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{source}: {name} is {list(tensor.shape)}, this model's is {list(own[name].shape)}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{source}: {name} holds numbers that are not finite")
-            own[name].copy_(tensor)
+        missing = set(own)
+        legacy = any(".zaya_block." in name for file in files for name in safetensors_header(file)[0])
+        if legacy:  # there every expert has matrices of its own
+            for name in [name for name in own if ".experts." in name]:
+                missing.remove(name)
+                missing |= {f"{name}[{expert}]" for expert in range(self.config.num_experts)}
+        for file in files:
+            for name, tensor, read in safetensors_tensors(file):
+                place = native_name(name, self.config.num_hidden_layers) if legacy else name
+                if place not in missing:
+                    raise ValueError(f"{file} holds a tensor that this model has not, {name}")
+                missing.remove(place)
+                key, _, expert = place.rstrip("]").partition("[")
+                target = own[key][int(expert)] if expert else own[key]
+                if tensor.shape != target.shape:
+                    raise ValueError(f"{file}: {name} is {list(tensor.shape)}, this model's is {list(target.shape)}")
+                read(target)
+                if not target.isfinite().all():
+                    raise ValueError(f"{file}: {name} holds numbers that are not finite")
+        if missing:
+            raise ValueError(f"{files[0].parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
 
     @property
     def routers(self):
@@ -1135,6 +1147,8 @@ def config_from_json(values):
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
+    if "moe_router_topk" in values or "zaya_layers" in values:
+        return legacy_config(values)
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
@@ -1143,6 +1157,78 @@ def config_from_json(values):
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
         known |= {"partial_rotary_factor": rope["partial_rotary_factor"]} if "partial_rotary_factor" in rope else {}
     return ZayaConfig(**known)
+
+
+def legacy_config(values):
+    """A ZayaConfig from a config.json of Zyphra's original code, which counts half-layers: an attention and its experts
+    are two. Some files have lists, with a number for each half-layer; these are right where a single number is stale."""
+
+    def first(*names, default=None):
+        for value in (values[name] for name in names if values.get(name) is not None):
+            if not isinstance(value, list):
+                return value
+            if numbers := [number for number in value if isinstance(number, (int, float)) and number > 0]:
+                return numbers[0]  # the other half-layers have 0
+        return default
+
+    half_layers = next((len(value) for value in values.values() if isinstance(value, list) and len(value) > 2), None)
+    layers = (half_layers or values["num_hidden_layers"]) // 2
+    if first("moe_router_topk", default=1) != 1:
+        raise ValueError(f"config.json has moe_router_topk {values['moe_router_topk']}; only 1 is known here")
+    windows = values.get("swa_layers") or [0]
+    windows = windows[:: max(1, len(windows) // layers)]
+    same = {name: values[name] for name in (
+        "vocab_size", "hidden_size", "head_dim", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
+        "partial_rotary_factor", "rope_theta", "bos_token_id", "eos_token_id", "pad_token_id",
+    ) if values.get(name) is not None}  # fmt: skip
+    return ZayaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=first("cca_num_q_heads", "num_attention_heads"),
+        num_key_value_heads=first("num_query_groups_list", "num_query_groups", "num_key_value_heads"),
+        moe_intermediate_size=first("ffn_hidden_size_list", "intermediate_size", "ffn_hidden_size") // 2,
+        num_experts=first("zaya_layers", "num_experts", default=16),
+        router_hidden_size=first("zaya_mlp_expansion", default=256),
+        rms_norm_eps=first("norm_epsilon", default=1e-5),
+        layer_types=["hybrid_sliding" if window else "hybrid" for window in windows] if any(windows) else None,
+        sliding_window=max(windows) + 1 if any(windows) else None,  # theirs leaves the current token out
+        sliding_rope_theta=first("swa_rotary_base", default=1e4),
+        **same,
+    )
+
+
+LEGACY_NAMES = {  # of a half-layer, without its number; the rest of a name stays
+    r"self_attn\.qkv\.linear_(q|k)\.": r"self_attn.qkv_proj.\1_proj.",
+    r"self_attn\.qkv\.val_proj1\.": "self_attn.qkv_proj.v_proj_current.",
+    r"self_attn\.qkv\.val_proj2\.": "self_attn.qkv_proj.v_proj_delayed.",
+    r"self_attn\.qkv\.conv_qk\.0\.": "self_attn.qkv_proj.conv_qk_depthwise.",
+    r"self_attn\.qkv\.conv_qk\.1\.": "self_attn.qkv_proj.conv_qk_grouped.",
+    r"self_attn\.qkv\.temp": "self_attn.qk_norm.temp",
+    r"zaya_block\.router\.rmsnorm_eda\.": "mlp.gate.router_mlp.norm.",
+    r"zaya_block\.router\.router_mlp\.0\.": "mlp.gate.router_mlp.fc1.",
+    r"zaya_block\.router\.router_mlp\.2\.": "mlp.gate.router_mlp.fc2.",
+    r"zaya_block\.router\.router_mlp\.4\.": "mlp.gate.router_mlp.out_proj.",
+    r"zaya_block\.router\.": "mlp.gate.",
+    r"zaya_block\.experts\.local_experts\.(\d+)\.linear_fc1\.weight": r"mlp.experts.gate_up_proj[\1]",
+    r"zaya_block\.experts\.local_experts\.(\d+)\.linear_fc2\.weight": r"mlp.experts.down_proj[\1]",
+}
+
+
+def native_name(name, layers):
+    """A legacy tensor's native name; an expert's matrix has its number behind, in brackets. Half-layer 2 I is layer I's
+    attention, 2 I + 1 its experts, and a residual scale stands before the half-layer that comes after the merge."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+    half, rest = (int(match[1]), match[2]) if match else (2 * layers, name.removeprefix("model."))
+    if rest.startswith("res_scale."):
+        if half == 0:
+            return f"model.input_{rest.removeprefix('res_scale.')}"
+        merge = "post_attention" if half % 2 else "post_mlp"
+        return f"model.layers.{(half - 1) // 2}.{merge}_residual_scale.{rest.removeprefix('res_scale.')}"
+    if not match:
+        return name.replace("model.final_norm.", "model.norm.")
+    rest = rest.replace("input_norm.", "post_attention_layernorm." if half % 2 else "input_layernorm.")
+    for pattern, native in LEGACY_NAMES.items():
+        rest = re.sub(f"^{pattern}", native, rest)
+    return f"model.layers.{half // 2}.{rest}"
 
 
 def read_json(path):
@@ -1187,11 +1273,8 @@ def save_safetensors(path, tensors):
         os.fsync(file.fileno())
 
 
-def load_safetensors(path):
-    """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory.
-
-    Raises ValueError if the file is not whole.
-    """
+def safetensors_header(path):
+    """({name: (dtype, shape, start, stop)}, where the numbers begin). Raises ValueError if the file is not whole."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -1207,15 +1290,38 @@ def load_safetensors(path):
             raise ValueError(f"{path} is damaged: its header is no safetensors header") from None
         if size != end:
             raise ValueError(f"{path} is damaged: it has {size} bytes, its header speaks of {end}")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
-        if stop > start:
-            raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=8 + length + start)
-            tensors[name] = raw.view(dtype).view(shape)
-        else:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-    return tensors
+    return entries, 8 + length
+
+
+def load_safetensors(path):
+    """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory. ValueError as above."""
+    entries, begin = safetensors_header(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, start, stop) in entries.items() if stop == start}
+    if len(tensors) < len(entries):
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, (dtype, shape, start, stop) in entries.items():
+            if stop > start:
+                raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=begin + start)
+                tensors[name] = raw.view(dtype).view(shape)
+    return {name: tensors[name] for name in entries}
+
+
+def safetensors_tensors(path):
+    """Yield (name, its meta tensor, a function that reads it into a tensor of any dtype on any device)."""
+    entries, begin = safetensors_header(path)
+    with open(path, "rb") as file:
+        for name, (dtype, shape, start, _) in entries.items():
+
+            def read(target, dtype=dtype, shape=shape, start=start):
+                file.seek(begin + start)
+                straight = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+                tensor = target if straight else torch.empty(shape, dtype=dtype)
+                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+                if not straight:
+                    target.copy_(tensor)
+
+            yield name, torch.empty(shape, dtype=dtype, device="meta"), read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
