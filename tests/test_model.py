@@ -1,6 +1,7 @@
 """What zaya.py promises by itself: router, gradients, loss, generation, configurations, files."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -648,3 +649,133 @@ def test_newest_checkpoint_of_a_run_is_opened(tmp_path):
         random_model(seed=step).save_pretrained(tmp_path / f"step-{step}")
     assert zaya.find_checkpoint(tmp_path) == tmp_path / "step-100"
     assert Zaya.from_pretrained(tmp_path).norm.weight.equal(random_model(seed=100).norm.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding on a CPU
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"], sliding_window=5, num_hidden_layers=3),
+        dict(num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=1.0),
+        dict(cca_time0=3, cca_time1=1, head_dim=12),
+        dict(cca_time0=1, cca_time1=1, num_experts=1),
+        dict(tie_word_embeddings=False, num_hidden_layers=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch, skipping", [(1, False), (3, True)])
+def test_the_decoder_computes_what_the_model_does(changes, batch, skipping):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    shape |= dict(moe_intermediate_size=24, num_experts=4, router_hidden_size=8, vocab_size=50, initializer_range=0.2)
+    model = Zaya(ZayaConfig(**shape | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing at 0 or 1, where a mistake would not show
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for router in model.routers:
+            router.balancing_biases[-1] = 0.3 if skipping else -1.0
+        tokens = torch.randint(50, (batch, 20))
+        plain, fast = model.new_cache(batch, 20), model.new_cache(batch, 20)
+        for cache in (plain, fast):
+            model.hidden_states(tokens[:, :3], cache)
+        decoder = zaya.Decoder(model, fast)
+        for position in range(3, 20):
+            expected = model.hidden_states(tokens[:, position : position + 1], plain)[:, 0]
+            torch.testing.assert_close(decoder.step(tokens[:, position]), expected, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(fast.layers, plain.layers):  # and leaves the cache as the model would
+            for name in ("k", "v", "columns", "v_late"):
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of Zyphra's original code
+
+
+def as_legacy(model):
+    """A model's tensors under the legacy names, an expert's matrices each on its own, and such a config.json."""
+    c, tensors = model.config, {}
+    for name, tensor in zaya.official_names(model.state_dict()).items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        if not match:
+            name = name.replace("model.norm.", "model.final_norm.").replace("model.input_h", "model.layers.0.res_scale.h")
+            tensors[name] = tensor
+            continue
+        layer, rest = int(match[1]), match[2]
+        if "residual_scale." in rest and not rest.startswith("mlp."):
+            merge, _, scale = rest.partition("_residual_scale.")
+            half = 2 * layer + (1 if merge == "post_attention" else 2)
+            before = f"model.layers.{half}." if half < 2 * c.num_hidden_layers else "model."
+            tensors[f"{before}res_scale.{scale}"] = tensor
+            continue
+        half = 2 * layer + (rest.startswith(("mlp.", "post_attention_layernorm")))
+        if ".experts." in rest:
+            part = "linear_fc1" if "gate_up" in rest else "linear_fc2"
+            for expert, matrix in enumerate(tensor):
+                tensors[f"model.layers.{half}.zaya_block.experts.local_experts.{expert}.{part}.weight"] = matrix
+            continue
+        for new, old in {
+            "input_layernorm": "input_norm", "post_attention_layernorm": "input_norm",
+            "self_attn.qkv_proj.q_proj": "self_attn.qkv.linear_q", "self_attn.qkv_proj.k_proj": "self_attn.qkv.linear_k",
+            "self_attn.qkv_proj.v_proj_current": "self_attn.qkv.val_proj1",
+            "self_attn.qkv_proj.v_proj_delayed": "self_attn.qkv.val_proj2",
+            "self_attn.qkv_proj.conv_qk_depthwise": "self_attn.qkv.conv_qk.0",
+            "self_attn.qkv_proj.conv_qk_grouped": "self_attn.qkv.conv_qk.1",
+            "self_attn.qk_norm.temp": "self_attn.qkv.temp", "mlp.gate.router_mlp.norm": "zaya_block.router.rmsnorm_eda",
+            "mlp.gate.router_mlp.fc1": "zaya_block.router.router_mlp.0",
+            "mlp.gate.router_mlp.fc2": "zaya_block.router.router_mlp.2",
+            "mlp.gate.router_mlp.out_proj": "zaya_block.router.router_mlp.4", "mlp.gate": "zaya_block.router",
+        }.items():  # fmt: skip
+            if rest.startswith(new):
+                rest = old + rest[len(new) :]
+                break
+        tensors[f"model.layers.{half}.{rest}"] = tensor
+    values = dict(
+        model_type="zaya", vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=2 * c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, num_query_groups=c.num_key_value_heads, head_dim=c.head_dim,
+        ffn_hidden_size=2 * c.moe_intermediate_size, num_experts=c.num_experts, moe_router_topk=1,
+        zaya_mlp_expansion=c.router_hidden_size, norm_epsilon=c.rms_norm_eps, rope_theta=c.rope_theta,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, rope_scaling=False,
+    )  # fmt: skip
+    return tensors, values
+
+
+@pytest.mark.parametrize("form", ["plain", "lists and a stale count", "sliding", "two files"])
+def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
+    torch.manual_seed(0)
+    sliding = dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4) if form == "sliding" else {}
+    model = Zaya(ZayaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
+        moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6, eos_token_id=1,
+        **sliding,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tensors, values = as_legacy(model)
+    if form == "lists and a stale count":
+        values |= dict(
+            num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[2, 0] * 3, num_query_groups_list=[1, 0] * 3,
+            ffn_hidden_size_list=[0, 48] * 3, zaya_mlp_expansion=[0, 8] * 3,
+        )  # fmt: skip
+        del values["num_attention_heads"], values["num_query_groups"], values["ffn_hidden_size"], values["num_experts"]
+    if form == "sliding":
+        values |= dict(swa_layers=[0, 0, 3, 0, 0, 0], swa_rotary_base=1e4)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    names = sorted(tensors)
+    halves = [names[::2], names[1::2]] if form == "two files" else [names]
+    for i, part in enumerate(halves):
+        save_safetensors(tmp_path / f"model-{i}.safetensors", {name: tensors[name] for name in part})
+    again = Zaya.from_pretrained(tmp_path)
+    tokens = torch.randint(50, (2, 9))
+    assert again(tokens)[0].equal(model(tokens)[0])
+    assert (again.config.eos_token_id, again.config.rope_theta) == (1, 1e6)
+
+    name = "model.layers.1.zaya_block.experts.local_experts.2.linear_fc1.weight"
+    save_safetensors(tmp_path / "model-0.safetensors", {n: tensors[n] for n in halves[0] if n != name})
+    if name in halves[0]:
+        with pytest.raises(ValueError, match=re.escape("gate_up_proj[2]")):
+            Zaya.from_pretrained(tmp_path)
