@@ -2,7 +2,7 @@
 
     python kernels.py                          check and time every kernel against its eager twin on this machine's GPU
     TRITON_INTERPRET=1 python kernels.py       check them without a GPU, in Triton's interpreter
-    python kernels.py --compile_for gfx942     compile them for an MI300X, which need not be there: registers, spills, LDS
+    python kernels.py --compile_for gfx942     compile them for an MI300X that need not be there
 
 Read zaya.py first: what a function computes is said there, how it is made fast is said here. Each part below has the
 same order: the idea as pseudo-code, the kernels, the torch operators that launch them, the function that zaya.py calls.
@@ -157,10 +157,10 @@ def product(a, b, acc):
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. CCA: everything between the projections and the attention, in one pass
 #
-# Two convolutions with nothing between them are one. The first scales channel i by w[i, a] at tap a, the second mixes by
-# W[b, i, o]; together tap a + b mixes by w[i, a] * W[b, i, o], and the first one's bias becomes a constant, for the text is
-# padded once before both. With the released 2 and 2 taps that is 3 taps of h x h for a head: half as much again to
-# multiply, but plain matrix products, which is what tensor cores and MFMA do. So, for a head and BT tokens:
+# Two convolutions with nothing between them are one. The first scales channel i by w[i, a] at tap a, the second mixes
+# by W[b, i, o]; together tap a + b mixes by w[i, a] * W[b, i, o], and the first one's bias becomes a constant, for the
+# text is padded once before both. With the released 2 and 2 taps that is 3 taps of h x h for a head: half as much again
+# to multiply, but plain matrix products, which is what tensor cores and MFMA do. So, for a head and BT tokens:
 #
 #     acc = bias                                         (BT, h) fp32
 #     for tap, for BK channels:
@@ -217,7 +217,9 @@ def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.con
 
 
 @triton.jit
-def turn(x, cos, sin, t, T, h: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr):
+def turn(
+    x, cos, sin, t, T, h: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr
+):
     """RoPE: channels c and c + HALF turn in their plane, channels from 2 * HALF on stay. SIGN -1 turns back."""
     c = tl.arange(0, BH)
     partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
@@ -293,7 +295,9 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
     # Write
     inside = (t < T)[:, None] & (c < h)[None, :]
-    tl.store(grad + (b * T + t)[:, None] * (H * h) + head * h + c[None, :], grad_x.to(grad.dtype.element_ty), mask=inside)
+    tl.store(
+        grad + (b * T + t)[:, None] * (H * h) + head * h + c[None, :], grad_x.to(grad.dtype.element_ty), mask=inside
+    )
     own = partial + ((b * tl.num_programs(0) + tl.program_id(0)) * H + head) * (h + 1)
     tl.store(own + c, tl.sum(tl.where(inside, grad_x, 0.0), axis=0), mask=c < h)
     tl.store(own + h, tl.sum(tl.where(t < T, along, 0.0), axis=0) * tl.sqrt(h * 1.0))
@@ -411,7 +415,9 @@ def one_convolution(depthwise, grouped):
     C, h, taps = W.shape
     W = W.float().view(C // h, h, h, taps).permute(3, 0, 2, 1)  # (H, out, in, tap) -> (tap, H, in, out)
     w = w.float().view(C // h, h, 1, -1)
-    padded = torch.nn.functional.pad(W, (0, 0) * 3 + (w.shape[-1] - 1,) * 2)  # the shorter filter slides over the longer
+    padded = torch.nn.functional.pad(
+        W, (0, 0) * 3 + (w.shape[-1] - 1,) * 2
+    )  # the shorter filter slides over the longer
     last = w.shape[-1] - 1
     filters = sum(w[..., a] * padded[last - a : last - a + taps + last] for a in range(last + 1))
     bias = (w_bias.float().view(1, C // h, 1, h) @ W).sum(dim=0).flatten() + W_bias
@@ -427,8 +433,8 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Router: from its input to the choice, in one launch
 #
-# A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is made
-# BN units at a time and given to the second at once, so that both need no more than BT x R numbers:
+# A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is
+# made BN units at a time and given to the second at once, so that both need no more than BT x R numbers:
 #
 #     a = normed state                                   (BT, R)
 #     for BN units of the first layer:
@@ -912,7 +918,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
 
 
 def tiles_of(kernel, N, M, E):
-    """The grid of a kernel that shares its tiles out, never more programs than there can be tiles, and its constants."""
+    """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
     c = config(kernel)
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
     return (min(PROGRAMS, most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
@@ -924,7 +930,19 @@ def grouped_product(x, weight, offsets):
     out = x.new_empty(N, M)
     grid, shape = tiles_of("grouped", N, M, E)
     launch(
-        grouped_kernel, grid, x, weight, offsets, out, None, None, K, M, *weight.stride(), SWIGLU_BACKWARD=False, **shape
+        grouped_kernel,
+        grid,
+        x,
+        weight,
+        offsets,
+        out,
+        None,
+        None,
+        K,
+        M,
+        *weight.stride(),
+        SWIGLU_BACKWARD=False,
+        **shape,
     )
     return out
 
@@ -938,9 +956,7 @@ def grouped_weight_product(grad, x, offsets):
 
 
 @operator
-def experts_forward(
-    x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
+def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """As zaya.experts; and, to keep for the backward pass, [gate | up] (N, 2F)."""
     (N, D), (E, _, F) = x.shape, down.shape
     act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, 2 * F)
@@ -960,9 +976,7 @@ def experts_backward(
         grouped_kernel, grid, grad, by_unit, offsets, grad_hidden, hidden, act, D, F, *by_unit.stride(),
         SWIGLU_BACKWARD=True, **shape,
     )  # fmt: skip
-    grad_gate_up, grad_down = (
-        grouped_weight_product(g, a, offsets) for g, a in ((grad_hidden, x), (grad, act))
-    )
+    grad_gate_up, grad_down = (grouped_weight_product(g, a, offsets) for g, a in ((grad_hidden, x), (grad, act)))
     return grouped_product(grad_hidden, gate_up.mT, offsets), grad_gate_up, grad_down
 
 
@@ -1088,10 +1102,10 @@ merge = merge_forward
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Decoding: a few tokens through their experts, and one new token's attention over the cache
 #
-# Both are bound by memory: the experts' weights, the keys and values. A token reads its own expert's rows and no other's:
-# a program owns BF units and streams their rows through. Attention is split along time, SPLITS programs a key head, each
-# with its own running softmax; a second kernel joins them. How long the cache is, the kernel reads from the GPU: the
-# launch is always the same, so it can be captured, and the work is what the context needs.
+# Both are bound by memory: the experts' weights, the keys and values. A token reads its own expert's rows and no
+# other's: a program owns BF units and streams their rows through. Attention is split along time, SPLITS programs a key
+# head, each with its own running softmax; a second kernel joins them. How long the cache is, the kernel reads from the
+# GPU: the launch is always the same, so it can be captured, and the work is what the context needs.
 
 
 @triton.jit
@@ -1238,7 +1252,7 @@ def unsupported(name, *args):
 def cases(config, B, T, device, dtype):
     """{name: (arguments of the function of that name, bytes and operations of its forward, of its backward pass)}.
 
-    Bytes: what must be read and written once. Arguments that are learned or come from a layer before require a gradient.
+    Bytes: what must be read and written once. What is learned or comes from a layer before requires a gradient.
     """
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
@@ -1312,6 +1326,7 @@ def evaluate(function, args, grads=None):
 
 def in_fp32(args):
     """Copies of arguments, for a reference."""
+
     def copy(x):
         if isinstance(x, tuple):
             return in_fp32(x)
@@ -1351,7 +1366,7 @@ def milliseconds(function):
 
 
 def ceilings():
-    """This machine's bandwidth (bytes/s, of a copy of 2 GiB: read and written) and bf16 rate (of an 8192-cubed product)."""
+    """This machine's bandwidth (bytes/s read and written by a 2 GiB copy) and bf16 rate (of an 8192-cubed product)."""
     x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
     bandwidth = 4 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
@@ -1462,7 +1477,10 @@ def compile_for(architecture):
     seen = set()
     units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
         "registers", "stack bytes", "shared", "MMA", "warps/SMSP")  # fmt: skip
-    print(f"{architecture}, Triton {triton.__version__}, bf16, ZAYA1-8B\n{'kernel':32}" + "".join(f"{u:>12}" for u in units))
+    print(
+        f"{architecture}, Triton {triton.__version__}, bf16, ZAYA1-8B\n{'kernel':32}"
+        + "".join(f"{u:>12}" for u in units)
+    )
 
     def compile_and_print(kernel, args, constants):
         label = kernel.__name__ + (" (SwiGLU)" if constants.get("SWIGLU_BACKWARD") else "")
@@ -1480,7 +1498,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)")
+    parser.add_argument(
+        "--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)"
+    )
     architecture = parser.parse_args().compile_for
     compile_for(architecture) if architecture else report()
 

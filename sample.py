@@ -1,8 +1,8 @@
 """Write text with a checkpoint.
 
-    python sample.py --checkpoint out --prompt "import "
-    python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
-    echo "def f(" | python sample.py --checkpoint out --prompt -
+python sample.py --checkpoint out --prompt "import "
+python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
+echo "def f(" | python sample.py --checkpoint out --prompt -
 """
 
 import sys

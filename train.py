@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, write_aside
 from zaya import (
-    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags, read_json,
-    save_safetensors, stop_in_one_line,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags,
+    read_json, save_safetensors, stop_in_one_line,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +124,7 @@ class Ranks:
         self.device = torch.device(device)
         if "RANK" in os.environ:
             store, *_ = next(dist.rendezvous("env://"))
-            # After a crash torchrun starts all ranks again with the same store: addresses of the last try must not count.
+            # After a crash torchrun starts all ranks again with one store: the last try's addresses must not count.
             store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
@@ -435,7 +435,7 @@ class Muon:
                 self.parameters[name].copy_(master)
 
     def collect(self, own):
-        """{name: tensor} of all parameters on rank 0, in the CPU's memory, from every rank's own ones; nothing elsewhere."""
+        """{name: tensor} of all parameters, from every rank's own, in rank 0's CPU memory; nothing on the others."""
         found = {}
         for name, owner in self.owner.items():
             if owner == self.ranks.rank and owner > 0:
@@ -459,7 +459,7 @@ class Muon:
 
 
 class AdamW:
-    """AdamW without decay for all that is no matrix, on one flat vector, of which each rank keeps and moves its part."""
+    """AdamW without decay for all that is no matrix, on one flat vector; each rank keeps and moves its part of it."""
 
     def __init__(self, parameters, ranks=None, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
         self.parameters, self.ranks, self.betas, self.eps, self.prefix = list(parameters), ranks, betas, eps, prefix

@@ -210,8 +210,8 @@ def say_once(message, said=set()):  # noqa: B006 the set is to live on
     return False
 
 
-# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets this,
-# too, but imports the whole compiler for it: every start would take a second longer.
+# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets
+# this, too, but imports the whole compiler for it: every start would take a second longer.
 say_once._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,8 +753,8 @@ class Zaya(nn.Module):
 
     @torch.no_grad()
     def load_official(self, files):
-        """Read this model's tensors from official files, native or legacy, each straight to its place: no second copy in
-        memory. ValueError, naming a tensor, unless all are there, none is too many, shapes fit and numbers are finite."""
+        """Read this model's tensors from official files, native or legacy, each straight to its place: no second copy
+        in memory. ValueError, naming a tensor, unless all are there, none is too many, all fit and are finite."""
         own = official_names(self.state_dict())
         missing = set(own)
         legacy = any(".zaya_block." in name for file in files for name in safetensors_header(file)[0])
@@ -832,8 +832,8 @@ class Cache:
 
 
 class Decoder:
-    """Decoding on a CPU in float32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a layer,
-    for each costs microseconds there whatever it does. Goes on with a cache that has read the prompt."""
+    """Decoding on a CPU in float32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a
+    layer, for each costs microseconds there whatever it does. Goes on with a cache that has read the prompt."""
 
     @staticmethod
     def suits(model):
@@ -888,7 +888,7 @@ def gelu(x):
 
 class DecoderLayer:
     """A Block with all that does not depend on the token computed beforehand. cca's two convolutions are one here, of
-    P + 1 taps: the first scales channel i by w[i, a], the second mixes by W[b, i, o], together tap a + b by their product."""
+    P + 1 taps: the first scales channel i by w[i, a], the second mixes by W[b, i, o], tap a + b by their product."""
 
     def __init__(self, config, block, cache, next_norm):
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
@@ -913,7 +913,10 @@ class DecoderLayer:
         self.after_attention = self.merging(block.post_attention_residual_scale, block.post_attention_layernorm)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
         mlp = gate.router_mlp
-        self.down_proj, self.gamma = (gate.down_proj.weight, gate.down_proj.bias), getattr(gate, "router_states_scale", None)
+        self.down_proj, self.gamma = (
+            (gate.down_proj.weight, gate.down_proj.bias),
+            getattr(gate, "router_states_scale", None),
+        )
         self.fc1, self.fc2 = (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
         self.norm, self.classes = (mlp["norm"].weight, mlp["norm"].eps), mlp["out_proj"].weight
         self.balancing_biases = gate.balancing_biases
@@ -1036,8 +1039,8 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. They stay on the GPU and nothing waits for them, but in the loop for other
-    dtypes than bf16 and for widths that are no multiple of 16 bytes.
+    offsets (E): where each expert's rows end. They stay on the GPU and nothing waits for them, but in the loop for
+    other dtypes than bf16 and for widths that are no multiple of 16 bytes.
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -1300,7 +1303,7 @@ def config_from_json(values):
 
 def legacy_config(values):
     """A ZayaConfig from a config.json of Zyphra's original code, which counts half-layers: an attention and its experts
-    are two. Some files have lists, with a number for each half-layer; these are right where a single number is stale."""
+    are two. Some files have lists, a number for each half-layer; these are right where a single number is stale."""
 
     def first(*names, default=None):
         for value in (values[name] for name in names if values.get(name) is not None):
@@ -1317,8 +1320,8 @@ def legacy_config(values):
     windows = values.get("swa_layers") or [0]
     windows = windows[:: max(1, len(windows) // layers)]
     same = {name: values[name] for name in (
-        "vocab_size", "hidden_size", "head_dim", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
-        "partial_rotary_factor", "rope_theta", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size", "hidden_size", "head_dim", "cca_time0", "cca_time1", "max_position_embeddings",
+        "tie_word_embeddings", "partial_rotary_factor", "rope_theta", "bos_token_id", "eos_token_id", "pad_token_id",
     ) if values.get(name) is not None}  # fmt: skip
     return ZayaConfig(
         num_hidden_layers=layers,
@@ -1433,9 +1436,11 @@ def safetensors_header(path):
 
 
 def load_safetensors(path):
-    """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory. ValueError as above."""
+    """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory."""
     entries, begin = safetensors_header(path)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, start, stop) in entries.items() if stop == start}
+    tensors = {
+        name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, start, stop) in entries.items() if stop == start
+    }
     if len(tensors) < len(entries):
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -1,6 +1,6 @@
-"""Text at batch 1, greedy, float32 on a CPU: tokens/s of zaya.py beside transformers' generate(), same weights, same text.
+"""Text at batch 1, greedy, float32 on a CPU: tokens/s of zaya.py beside transformers' generate() on the same weights.
 
-    python tests/bench_generate.py [--rounds 5]
+python tests/bench_generate.py [--rounds 5]
 """
 
 import argparse

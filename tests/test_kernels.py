@@ -76,8 +76,8 @@ def test_float32(shape, name):
 
 @pytest.mark.parametrize("shape, name", [c for c in COMBINATIONS if c[0] in ("tails", "head of 32", "odd widths")])
 def test_float16(shape, name):
-    """No further from the truth than twice eager PyTorch's own error. (Of a few numbers that can be small by luck: there
-    it counts as no less than one rounding.)"""
+    """No further from the truth than twice eager PyTorch's own error. (That of a few numbers can be small by luck:
+    there it counts as no less than one rounding.)"""
     args = arguments(shape, name, torch.float16)
     exact = results_and_gradients("eager", name, kernels.in_fp32(args))
     eager, twin = (results_and_gradients(choice, name, args) for choice in ("eager", "triton"))
@@ -157,7 +157,7 @@ def test_text_from_a_cache():
 
 
 def test_twenty_steps():
-    """Losses agree while every token meets the same expert; a token that rounding sends elsewhere parts them a little."""
+    """Losses agree while all tokens meet the same experts; one that rounding sends elsewhere parts them a little."""
     runs = []
     for way in ("eager", "triton"):
         model = tiny_model(way, num_attention_heads=1)
@@ -223,12 +223,14 @@ def test_every_marked_function_has_its_twin():
 
 @pytest.mark.parametrize("architecture", ["gfx942", "sm_90"])
 def test_compiles_without_that_gpu(architecture):
-    """No kernel spills in its shipped configuration at ZAYA1-8B's shapes, and on an MI300X none needs more than its LDS."""
+    """As configured, at ZAYA1-8B's shapes, no kernel spills, and on an MI300X none needs more than its LDS."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "kernels.py", "--compile_for", architecture]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\w+_kernel)(?: \(SwiGLU\))? +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M)
+    rows = re.findall(
+        r"^(\w+_kernel)(?: \(SwiGLU\))? +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M
+    )
     table = [(name, *(int(n.replace(",", "")) for n in numbers)) for name, *numbers in rows]
     tree = ast.parse((ROOT / "kernels.py").read_text())
     uses = {  # what a jitted function calls, with what that calls

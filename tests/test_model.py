@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -701,7 +700,9 @@ def as_legacy(model):
     for name, tensor in zaya.official_names(model.state_dict()).items():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
         if not match:
-            name = name.replace("model.norm.", "model.final_norm.").replace("model.input_h", "model.layers.0.res_scale.h")
+            name = name.replace("model.norm.", "model.final_norm.").replace(
+                "model.input_h", "model.layers.0.res_scale.h"
+            )
             tensors[name] = tensor
             continue
         layer, rest = int(match[1]), match[2]
@@ -719,7 +720,8 @@ def as_legacy(model):
             continue
         for new, old in {
             "input_layernorm": "input_norm", "post_attention_layernorm": "input_norm",
-            "self_attn.qkv_proj.q_proj": "self_attn.qkv.linear_q", "self_attn.qkv_proj.k_proj": "self_attn.qkv.linear_k",
+            "self_attn.qkv_proj.q_proj": "self_attn.qkv.linear_q",
+            "self_attn.qkv_proj.k_proj": "self_attn.qkv.linear_k",
             "self_attn.qkv_proj.v_proj_current": "self_attn.qkv.val_proj1",
             "self_attn.qkv_proj.v_proj_delayed": "self_attn.qkv.val_proj2",
             "self_attn.qkv_proj.conv_qk_depthwise": "self_attn.qkv.conv_qk.0",
@@ -734,7 +736,8 @@ def as_legacy(model):
                 break
         tensors[f"model.layers.{half}.{rest}"] = tensor
     values = dict(
-        model_type="zaya", vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=2 * c.num_hidden_layers,
+        model_type="zaya", vocab_size=c.vocab_size, hidden_size=c.hidden_size,
+        num_hidden_layers=2 * c.num_hidden_layers,
         num_attention_heads=c.num_attention_heads, num_query_groups=c.num_key_value_heads, head_dim=c.head_dim,
         ffn_hidden_size=2 * c.moe_intermediate_size, num_experts=c.num_experts, moe_router_topk=1,
         zaya_mlp_expansion=c.router_hidden_size, norm_epsilon=c.rms_norm_eps, rope_theta=c.rope_theta,
@@ -749,8 +752,8 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     sliding = dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4) if form == "sliding" else {}
     model = Zaya(ZayaConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
-        moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6, eos_token_id=1,
-        **sliding,
+        moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6,
+        eos_token_id=1, **sliding,
     ))  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -758,7 +761,8 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     tensors, values = as_legacy(model)
     if form == "lists and a stale count":
         values |= dict(
-            num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[2, 0] * 3, num_query_groups_list=[1, 0] * 3,
+            num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[2, 0] * 3,
+            num_query_groups_list=[1, 0] * 3,
             ffn_hidden_size_list=[0, 48] * 3, zaya_mlp_expansion=[0, 8] * 3,
         )  # fmt: skip
         del values["num_attention_heads"], values["num_query_groups"], values["ffn_hidden_size"], values["num_experts"]

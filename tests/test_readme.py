@@ -17,7 +17,7 @@ COMMANDS = sorted({match[0] for match in re.finditer(rf"{SCRIPTS}\b[^\n&|#]*", C
 
 def test_the_two_commands_are_there():
     assert re.search(r"^pip install torch==2\.13\.0 -r requirements\.txt && python train\.py$", CODE, re.MULTILINE)
-    assert re.search(r"^pip install torch==2\.13\.0 triton==\S+ -r requirements-dev\.txt && pytest$", CODE, re.MULTILINE)
+    assert re.search(r"^pip install torch==2\.13\.0 triton==\S+ -r requirements-dev.txt && pytest$", CODE, re.MULTILINE)
 
 
 def test_five_packages_are_enough():

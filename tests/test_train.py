@@ -297,7 +297,8 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
     for picture in ("loss.png", "experts.png"):
         assert (finished.out / picture).read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in finished.out.iterdir()) == [
-        "args.json", "best", "experts.png", "log.jsonl", "loss.png", "step-0000002", "step-0000003", "step-0000004", "step-0000006",
+        "args.json", "best", "experts.png", "log.jsonl", "loss.png", "step-0000002", "step-0000003", "step-0000004",
+        "step-0000006",
     ]  # fmt: skip
 
 
@@ -582,7 +583,9 @@ def test_one_step_is_the_same_on_any_number_of_ranks(tiny, tmp_path):
         assert entry["load"] == runs[0][0]["load"] and tensors.keys() == runs[0][2].keys()
         assert abs(losses[1] - runs[0][1][1]) < 1e-6
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, runs[0][2][name], rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                tensor, runs[0][2][name], rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}"
+            )
 
 
 def test_saved_on_two_ranks_resumed_on_four(finished, tiny, tmp_path):

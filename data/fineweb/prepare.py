@@ -1,4 +1,4 @@
-"""FineWeb, 10 billion tokens of web pages in GPT-2's tokens, as kjj0/fineweb10B-gpt2 on the Hugging Face hub publishes it:
+"""FineWeb, 10 billion tokens of web pages in GPT-2's tokens, published as kjj0/fineweb10B-gpt2 on the Hugging Face hub:
 103 shards of 100 million tokens to train on (200 MB each), of which --shards are taken, and one to validate on.
 
 A download that breaks off goes on where it stopped, also when this is started again.
@@ -69,7 +69,7 @@ def digest(path):
 
 
 def fetch_rest(url, partial):
-    """What partial still lacks of url, with a progress bar -> the SHA-256 that the server gives for the whole, or None."""
+    """What partial still lacks of url, with a progress bar -> the whole's SHA-256 by the server, or None."""
     start = partial.stat().st_size if partial.exists() else 0
     redirects = Redirects()
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -91,7 +91,8 @@ def fetch_rest(url, partial):
             file.seek(0)
             file.truncate()
         total = start + int(response.headers["Content-Length"])
-        with tqdm(total=total, initial=start, desc=url.rpartition("/")[2], unit="B", unit_scale=True, disable=None) as bar:
+        bar = tqdm(total=total, initial=start, desc=partial.name, unit="B", unit_scale=True, disable=None)
+        with bar:
             while block := response.read(2**16):
                 file.write(block)
                 bar.update(len(block))
