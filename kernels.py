@@ -217,6 +217,16 @@ def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.con
 
 
 @triton.jit
+def mix(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+        TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A head before its norm: convolution, bias and q-k mean -> (BT, BH) fp32."""
+    c = tl.arange(0, BH)
+    x = convolve(qkv, past, filters, b, t, head, T, stride, Hq + Hk, h, TAPS, BT, BH, BK, False)
+    x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
+    return x + mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+
+
+@triton.jit
 def turn(
     x, cos, sin, t, T, h: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr
 ):
@@ -249,10 +259,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             x += tl.load(v_before + b * HALF_V + column[None, :] - HALF_V + row * 0, mask=inside & (row < 0), other=0.0)
             tl.store(v + (b * T + t)[:, None] * (Hk * h) + column[None, :], x, mask=inside)
     else:
-        # Convolve, mean
-        x = convolve(qkv, past, filters, b, t, head, T, stride, H, h, TAPS, BT, BH, BK, False)
-        x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
-        x += mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+        x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
         # Normalise, rotate
         norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
         length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
@@ -278,9 +285,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
     # The forward pass again, to the direction of x (a unit vector a token) and its norm
-    x = convolve(qkv, past, filters, b, t, head, T, stride, H, h, TAPS, BT, BH, BK, False)
-    x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
-    x += mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+    x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
     raw_norm = tl.sqrt(tl.sum(x * x, axis=1))
     norm = tl.maximum(raw_norm, EPS)
     x = x / norm[:, None]
@@ -376,21 +381,21 @@ def cca_backward(
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     c = config("cca")
     blocks = cdiv(T, c["BT"])
-    shape = dict(Hk=Hk, h=h, TAPS=TAPS, BH=block(h))
+    shape = dict(h=h, TAPS=TAPS, BH=block(h))
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
     launch(
         cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
-        partial, T, width, Hq=H - Hk, HALF=cos.shape[-1], EPS=EPS, **shape, **c,
+        partial, T, width, Hq=H - Hk, Hk=Hk, HALF=cos.shape[-1], EPS=EPS, **shape, **c,
     )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
     launch(
-        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, **shape, **c
-    )
+        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
+        **shape, **c,
+    )  # fmt: skip
     c = config("cca_filters")
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
-    del shape["Hk"]
     launch(cca_filters_backward_kernel, grid, grad, qkv, past, parts, B * T, T, width, tokens, H=H, **shape, **c)
     return grad_qkv, parts.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
 
@@ -415,10 +420,8 @@ def one_convolution(depthwise, grouped):
     C, h, taps = W.shape
     W = W.float().view(C // h, h, h, taps).permute(3, 0, 2, 1)  # (H, out, in, tap) -> (tap, H, in, out)
     w = w.float().view(C // h, h, 1, -1)
-    padded = torch.nn.functional.pad(
-        W, (0, 0) * 3 + (w.shape[-1] - 1,) * 2
-    )  # the shorter filter slides over the longer
     last = w.shape[-1] - 1
+    padded = torch.nn.functional.pad(W, (0, 0) * 3 + (last, last))  # the first filter slides over the second
     filters = sum(w[..., a] * padded[last - a : last - a + taps + last] for a in range(last + 1))
     bias = (w_bias.float().view(1, C // h, 1, h) @ W).sum(dim=0).flatten() + W_bias
     return filters, bias
@@ -804,15 +807,27 @@ dispatch, combine = dispatch_forward, combine_forward
 
 
 @triton.jit
-def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """Which expert, first row, last row and column tile a tile is; and how many tiles there are in all.
-
-    Tiles are counted down GROUP row tiles before the next column, so that what runs at one time shares its operands.
-    """
+def tiles_by_expert(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Where each expert's rows start and end, and how many tiles they make, (EP) each."""
     e = tl.arange(0, EP)
     end = tl.load(offsets + e, mask=e < E, other=0)
     start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles = tl.cdiv(end - start, BM)
+    return start, end, tl.cdiv(end - start, BM)
+
+
+@triton.jit
+def count_tiles(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    start, end, tiles = tiles_by_expert(offsets, E, EP, BM)
+    return tl.sum(tiles, axis=0)
+
+
+@triton.jit
+def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """A tile's expert, its first row, where that expert's rows end, and the number of its column tile.
+
+    Tiles are counted down GROUP row tiles before the next column, so that what runs at one time shares its operands.
+    """
+    start, end, tiles = tiles_by_expert(offsets, E, EP, BM)
     last = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0)
     group = tile // (GROUP * columns)
@@ -820,17 +835,9 @@ def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.
     row_tile = group * GROUP + (tile % (GROUP * columns)) % height
     column_tile = (tile % (GROUP * columns)) // height
     expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
-    mine = e == expert
+    mine = tl.arange(0, EP) == expert
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
     return expert, row, tl.sum(tl.where(mine, end, 0), axis=0), column_tile
-
-
-@triton.jit
-def count_tiles(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    e = tl.arange(0, EP)
-    end = tl.load(offsets + e, mask=e < E, other=0)
-    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
-    return tl.sum(tl.cdiv(end - start, BM), axis=0)
 
 
 @triton.jit
@@ -930,20 +937,9 @@ def grouped_product(x, weight, offsets):
     out = x.new_empty(N, M)
     grid, shape = tiles_of("grouped", N, M, E)
     launch(
-        grouped_kernel,
-        grid,
-        x,
-        weight,
-        offsets,
-        out,
-        None,
-        None,
-        K,
-        M,
-        *weight.stride(),
-        SWIGLU_BACKWARD=False,
+        grouped_kernel, grid, x, weight, offsets, out, None, None, K, M, *weight.stride(), SWIGLU_BACKWARD=False,
         **shape,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -1312,16 +1308,18 @@ def tensors_in(args):
     return [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
 
 
-def evaluate(function, args, grads=None):
-    """A function's results, and the gradients of its arguments: those of floating-point results, given theirs."""
+def evaluate(function, args):
+    """A function's results, and a function that takes the gradients of those that have one (random ones, if none are
+    given) and returns those of the arguments."""
     results = function(*args)
     results = results if isinstance(results, tuple) else (results,)
     outputs, leaves = [r for r in results if r.requires_grad], [t for t in tensors_in(args) if t.requires_grad]
-    if not outputs:
-        return results, lambda: []
-    if grads is None:
-        grads = [torch.randn_like(r) for r in outputs]
-    return results, lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    drawn = [torch.randn_like(r) for r in outputs]
+
+    def backward(grads=drawn):
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True) if outputs else []
+
+    return results, backward
 
 
 def in_fp32(args):
@@ -1341,19 +1339,17 @@ def errors(eager, kernel, args):
 
     The reference is the eager twin in fp32. Tokens whose expert differs between the three are left out.
     """
-    exact, ours, theirs = in_fp32(args), evaluate(kernel, args), evaluate(eager, args)
-    reference = evaluate(eager, exact)
+    runs = [evaluate(eager, in_fp32(args)), evaluate(eager, args), evaluate(kernel, args)]
     same = 1
-    for a, b, c in zip(reference[0], ours[0], theirs[0]):
+    for a, b, c in zip(*(results for results, _ in runs)):
         if not a.is_floating_point() and len(a) == len(args[0]):
             same = same * ((a == b) & (a == c)).float()
-    grads = [torch.randn_like(r) * (same if r.dim() == 1 else 1) for r in reference[0] if r.requires_grad]
+    grads = [torch.randn_like(r) * (same if r.dim() == 1 else 1) for r in runs[0][0] if r.requires_grad]
     found = []
-    for function, inputs in ((eager, exact), (eager, args), (kernel, args)):
-        outputs = [r for r in evaluate(function, inputs)[0] if r.is_floating_point()]
+    for results, backward in runs:
+        outputs = [r for r in results if r.is_floating_point()]
         typed = [g.to(r.dtype) for g, r in zip(grads, [r for r in outputs if r.requires_grad])]
-        outputs = [r * same if r.dim() == 1 else r for r in outputs]
-        found.append((outputs, evaluate(function, inputs, typed)[1]()))
+        found.append(([r * same if r.dim() == 1 else r for r in outputs], backward(typed)))
 
     def worst(values, true):
         return max([((v.float() - t).norm() / t.norm().clamp_min(1e-20)).item() for v, t in zip(values, true)] or [0.0])

@@ -8,7 +8,6 @@ In reading order: flags, data, optimizer (Muon, AdamW, balancing), checkpoints, 
 """
 
 import ctypes
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as run_again
 from tqdm import tqdm
 
-from data.tokenizer import load_tokenizer, write_aside
+from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags,
     read_json, save_safetensors, stop_in_one_line,
@@ -227,11 +226,9 @@ def recompute(model):
     """Let attention and experts keep nothing but their inputs, and run again in the backward pass. The router is not
     among them: it would count its tokens twice."""
     for layer in model.layers:
-        layer.self_attn.forward = partial(run_again, layer.self_attn.forward, use_reentrant=False)
-        if isinstance(layer.mlp, MixtureOfExperts):
-            layer.mlp.weighed_experts = partial(run_again, layer.mlp.weighed_experts, use_reentrant=False)
-        else:
-            layer.mlp.forward = partial(run_again, layer.mlp.forward, use_reentrant=False)
+        experts = "weighed_experts" if isinstance(layer.mlp, MixtureOfExperts) else "forward"
+        for module, method in ((layer.self_attn, "forward"), (layer.mlp, experts)):
+            setattr(module, method, partial(run_again, getattr(module, method), use_reentrant=False))
 
 
 def say_memory(plan, ranks):
@@ -632,15 +629,6 @@ def save_checkpoint(out, step, optimizer, tokenizer, record, keep, ranks):
     for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def sha256(path):
-    """A file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check(checkpoint):

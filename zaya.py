@@ -740,44 +740,44 @@ class Zaya(nn.Module):
         files = sorted(path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} has no model.safetensors")
-        entries = {file: safetensors_header(file)[0] for file in files}
-        stored = {name: dtype for header in entries.values() for name, (dtype, *_) in header.items()}
+        headers = {file: safetensors_header(file) for file in files}
+        stored = {name: dtype for entries, _ in headers.values() for name, (dtype, *_) in entries.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
         embedding = stored.get("model.embed_tokens.weight", torch.float32)
         model.cast(dtype or embedding).to_empty(device=device)
         for router in model.routers:
             router.counts.zero_()
-        model.load_official(files)
+        model.load_official(headers)
         return model
 
     @torch.no_grad()
-    def load_official(self, files):
-        """Read this model's tensors from official files, native or legacy, each straight to its place: no second copy
-        in memory. ValueError, naming a tensor, unless all are there, none is too many, all fit and are finite."""
+    def load_official(self, headers):
+        """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
+        place: no second copy in memory. ValueError, naming one, unless all are there, none is too many, all fit."""
         own = official_names(self.state_dict())
         missing = set(own)
-        legacy = any(".zaya_block." in name for file in files for name in safetensors_header(file)[0])
+        legacy = any(".zaya_block." in name for entries, _ in headers.values() for name in entries)
         if legacy:  # there every expert has matrices of its own
             for name in [name for name in own if ".experts." in name]:
                 missing.remove(name)
                 missing |= {f"{name}[{expert}]" for expert in range(self.config.num_experts)}
-        for file in files:
-            for name, tensor, read in safetensors_tensors(file):
+        for file, header in headers.items():
+            for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
                 if place not in missing:
                     raise ValueError(f"{file} holds a tensor that this model has not, {name}")
                 missing.remove(place)
                 key, _, expert = place.rstrip("]").partition("[")
                 target = own[key][int(expert)] if expert else own[key]
-                if tensor.shape != target.shape:
-                    raise ValueError(f"{file}: {name} is {list(tensor.shape)}, this model's is {list(target.shape)}")
+                if shape != list(target.shape):
+                    raise ValueError(f"{file}: {name} is {shape}, this model's is {list(target.shape)}")
                 read(target)
                 # Unlike isfinite of the whole, the two extremes take no memory.
                 if target.numel() and not torch.stack(target.aminmax()).isfinite().all():
                     raise ValueError(f"{file}: {name} holds numbers that are not finite")
         if missing:
-            raise ValueError(f"{files[0].parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
+            raise ValueError(f"{file.parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
 
     @property
     def routers(self):
@@ -1452,9 +1452,8 @@ def load_safetensors(path):
     return {name: tensors[name] for name in entries}
 
 
-def safetensors_tensors(path):
-    """Yield (name, its meta tensor, a function that reads it into a tensor of any dtype on any device)."""
-    entries, begin = safetensors_header(path)
+def safetensors_tensors(path, entries, begin):
+    """Yield (name, shape, a function that reads it into a tensor of any dtype on any device). The header is given."""
     with open(path, "rb") as file:
         for name, (dtype, shape, start, _) in entries.items():
 
@@ -1466,7 +1465,7 @@ def safetensors_tensors(path):
                 if not straight:
                     target.copy_(tensor)
 
-            yield name, torch.empty(shape, dtype=dtype, device="meta"), read
+            yield name, shape, read
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 A folder with anybody else's tokenizer.json opens too, through the optional package tokenizers.
 """
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -201,3 +202,12 @@ def write_aside(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256(path):
+    """A file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

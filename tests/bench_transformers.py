@@ -28,6 +28,17 @@ CONFIG = ZayaConfig(
 BATCH, TIME = 8, 256
 
 
+def both_models(config):
+    """zaya.py's and transformers' model with the same random weights."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    ours = Zaya(config)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        return ours, ZayaForCausalLM.from_pretrained(folder)
+
+
 def seconds(step):
     start = time.perf_counter()
     step()
@@ -38,14 +49,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each (default: 15)")
     rounds = parser.parse_args().rounds
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    ours = Zaya(CONFIG)
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        theirs = ZayaForCausalLM.from_pretrained(folder).train()
-    theirs.set_experts_implementation("grouped_mm")
+    ours, theirs = both_models(CONFIG)
+    theirs.train().set_experts_implementation("grouped_mm")
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, TIME + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

@@ -4,7 +4,6 @@
 A download that breaks off goes on where it stopped, also when this is started again.
 """
 
-import hashlib
 import http.client
 import json
 import os
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
 from data.dataset import Parser, in_range, one_line_errors
-from data.tokenizer import load_tokenizer, write_aside
+from data.tokenizer import load_tokenizer, sha256, write_aside
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
@@ -46,26 +45,17 @@ def download(url, path):
     partial = path.with_name(f".{path.name}.partial")
     for wait in [*WAITS, None]:
         try:
-            sha256 = fetch_rest(url, partial)
+            expected = fetch_rest(url, partial)
             break
         except (OSError, http.client.HTTPException) as error:
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500  # asking again would not help
             if wait is None or refused:
                 raise OSError(f"{url}: {error}; what came is kept, start again to go on") from None
             time.sleep(wait)
-    if sha256 and digest(partial) != sha256:
+    if expected and sha256(partial) != expected:
         partial.unlink()
         raise ValueError(f"{url} came damaged (another SHA-256); it is removed, start again")
     os.replace(partial, path)
-
-
-def digest(path):
-    """A file's SHA-256."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(PIECE):
-            sha256.update(block)
-    return sha256.hexdigest()
 
 
 def fetch_rest(url, partial):
