@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parent
 class TrainConfig:
     preset: str = "nano"  # nano, mini, small, medium or zaya1-8b; flags below change single fields of it
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
+    later_data: str | None = None  # another such, of the same tokenizer, for the second half of the steps
     out: str = "out"  # run directory: checkpoints, log, pictures
     steps: int = 400  # optimizer steps
     batch_size: int = 16  # sequences a step, over all ranks and micro-batches
@@ -57,6 +58,7 @@ class TrainConfig:
     weight_decay: float = 0.05  # of the matrices, a step and unit of lr
     momentum: float = 0.95  # Muon's
     grad_clip: float = 1.0  # largest norm of the whole gradient
+    balancing: str = "pid"  # of the experts: pid (AdamW, ZAYA1's), sign (a fixed step, DeepSeek's) or none
     balance_lr: float = 0.02  # first learning rate of the balancing biases, which has no warm-up
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
@@ -67,16 +69,18 @@ class TrainConfig:
     eval_every: int = 100  # steps between evaluations
     eval_batches: int = 16  # micro-batches an evaluation, spread over the validation text; 0: all of it
     eval_only: bool = False  # evaluate --init_from, or --resume's checkpoint, and leave
+    log_every: int = 1  # steps between lines of the log; an evaluation has one, too
     save_every: int = 100  # steps between checkpoints; there is one at the end, too
-    keep: int = 2  # checkpoints to keep, beside the best
+    keep: int = 2  # checkpoints to keep, beside the best; 0: none is written
     resume: bool = False  # go on with the run in --out, with its flags
     init_from: str | None = None  # start from this checkpoint's weights (fine-tuning)
+    plot: list[str] | None = None  # train nothing; compare these run directories: a table, and compare.png in --out
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch_size", "block_size", "eval_every", "save_every", "keep"):
+        for name in ("steps", "batch_size", "micro_batch_size", "block_size", "eval_every", "save_every", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr"):
+        for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr", "keep"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 < self.lr < math.inf or not self.grad_clip > 0:
@@ -87,6 +91,8 @@ class TrainConfig:
             raise ValueError(f"--preset {self.preset} is none of {', '.join(PRESETS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16")
+        if self.balancing not in BALANCING:
+            raise ValueError(f"--balancing {self.balancing} is none of {', '.join(BALANCING)}")
         if self.kernels not in KERNELS:
             raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
 
@@ -315,6 +321,14 @@ class Tokens:
         return [int(i * self.blocks / count) * self.block_size for i in range(count)]
 
 
+class Texts:
+    """A data folder: the texts to train and to validate on, and the bytes that a validation token has on average."""
+
+    def __init__(self, folder, meta, config):
+        cut = partial(Tokens, block_size=config.block_size, seed=config.seed, meta=meta)
+        self.train, self.val, self.bytes_per_token = cut(folder, "train"), cut(folder, "val"), meta["bytes_per_token"]
+
+
 def open_data(name, ranks):
     """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
     folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name)
@@ -507,6 +521,11 @@ class AdamW:
         self.count.copy_(tensors[f"{self.prefix}.count"])
 
 
+# The betas of the AdamW loop on the balancing biases. Without a memory of the past it moves each of them by the sign of
+# its expert's error alone, which is DeepSeek-V3's way.
+BALANCING = {"pid": (0.5, 0.9), "sign": (0.0, 0.0), "none": None}
+
+
 class Optimizer:
     """Muon for the matrices, AdamW for the rest, and a third AdamW loop that keeps the experts evenly busy.
 
@@ -527,7 +546,9 @@ class Optimizer:
         # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long; these, at a rate that
         # falls with lr, do not. Without warm-up, for it is needed from the first step: after 60 steps of nano the load
         # entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
-        self.balance = AdamW(self.biases, betas=(0.5, 0.9), prefix="balance") if self.biases else None
+        self.balance = None
+        if self.biases and BALANCING[config.balancing]:
+            self.balance = AdamW(self.biases, betas=BALANCING[config.balancing], prefix="balance")
 
     def step(self, step, load):
         """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
@@ -667,13 +688,19 @@ def read_log(out):
     return entries
 
 
-def plot(out):
-    """Draw out/loss.png and, for a mixture of experts, out/experts.png from the log."""
+def pyplot():
+    """matplotlib.pyplot, imported where it is needed, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(out):
+    """Draw out/loss.png and, for a mixture of experts, out/experts.png from the log."""
+    plt = pyplot()
     log = [entry for entry in read_log(out) if "loss" in entry]
     if not log:
         return
@@ -726,6 +753,98 @@ def plot(out):
     figure.suptitle(f"{out.resolve().name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
     figure.savefig(out / "experts.png", dpi=110)
     plt.close(figure)
+
+
+class Trials:
+    """Runs that differ in their seeds alone, as one line of a table and one curve of a picture."""
+
+    def __init__(self, runs, logs):
+        self.name = os.path.commonprefix([run.resolve().name for run in runs]).rstrip("-_.") or runs[0].resolve().name
+        self.runs, self.flags = len(runs), read_json(runs[0] / "args.json")
+        every = sorted(set.intersection(*({e["step"] for e in log} for log in logs)))
+        self.logs = [[entry for entry in log if entry["step"] in set(every)] for log in logs]
+
+    def curve(self, what):
+        """(steps, values (runs, steps)) where every run has logged `what`."""
+        rows = [row for row in zip(*self.logs) if all(e.get(what) is not None for e in row)]
+        return np.array([row[0]["step"] for row in rows]), np.array([[e[what] for e in row] for row in rows], float).T
+
+    def tokens_a_step(self):
+        return self.flags["batch_size"] * self.flags["block_size"]
+
+    def ms_a_step(self):
+        return float(np.median(self.curve("step_ms")[1]))
+
+    def at_end(self, what):
+        """Mean and standard deviation over the runs of the last value; None for what was not logged."""
+        last = self.curve(what)[1][:, -1:]
+        return (last.mean(), last.std(ddof=1) if self.runs > 1 else 0.0) if last.size else None
+
+
+def group_runs(runs):
+    """Trials of run directories, in their order. Raises FileNotFoundError or ValueError for what is no run."""
+    groups = {}
+    for run in runs:
+        if not (run / "args.json").is_file() or not read_log(run):
+            raise FileNotFoundError(f"--plot: {run} holds no run with a log")
+        own = {name: value for name, value in read_json(run / "args.json").items() if name not in ("seed", "out")}
+        groups.setdefault(json.dumps(own, sort_keys=True), []).append(run)
+    return [Trials(group, [read_log(run) for run in group]) for group in groups.values()]
+
+
+def compare(runs, out):
+    """Print a table of runs, and draw them over each other in out/compare.png. Runs that differ in --seed alone are
+    one line and one curve: their mean, and the range of all."""
+    trials = group_runs(runs)
+    width = max(len(t.name) for t in trials)
+    print(f"| {'run':{width}} | seeds | active | Mtokens | ms a step | validation loss | bits a byte | load entropy |")
+    print(f"|{'---|' * 8}")
+    for t in trials:
+        loss, bits, entropy = (t.at_end(what) for what in ("val_loss", "val_bpb", "val_load_entropy"))
+        loss = f"{loss[0]:.4f} ± {loss[1]:.4f}" if loss else ""
+        last = max(e["step"] for e in t.logs[0])
+        print(
+            f"| {t.name:{width}} | {t.runs} | {t.flags.get('active_parameters', 0):,} "
+            f"| {last * t.tokens_a_step() / 1e6:.2f} | {t.ms_a_step():.0f} | {loss} | {f'{bits[0]:.4f}' if bits else ''} "
+            f"| {f'{entropy[0]:.3f}' if entropy else ''} |"
+        )
+    plt = pyplot()
+    figure, ((by_tokens, by_time), (entropies, loads)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    colors = plt.get_cmap("tab10" if len(trials) <= 10 else "tab20").colors
+    for t, color in zip(trials, colors * len(trials)):
+        for axis, what, scale in (
+            (by_tokens, "val_loss", t.tokens_a_step() / 1e6),
+            (by_time, "val_loss", t.ms_a_step() / 1e3),
+            (entropies, "val_load_entropy", t.tokens_a_step() / 1e6),
+        ):
+            steps, values = t.curve(what)
+            if len(steps):
+                axis.plot(steps * scale, values.mean(axis=0), color=color, label=t.name, linewidth=1.4)
+                axis.fill_between(steps * scale, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15)
+        shares = [np.array(log[-1]["load"], float) for log in t.logs if "load" in log[-1]]  # (L, E) each
+        if shares:
+            even = [np.sort(s / s.sum(axis=1, keepdims=True) * s.shape[1])[:, ::-1].mean(axis=0) for s in shares]
+            place = (np.arange(len(even[0])) + 0.5) / len(even[0])
+            loads.plot(place, np.mean(even, axis=0), ".-", color=color, linewidth=1.2)
+    final = [value for t in trials for value in t.curve("val_loss")[1][:, -1:].flatten()]
+    late = [value for t in trials for value in t.curve("val_loss")[1][:, len(t.curve("val_loss")[0]) // 4 :].flatten()]
+    if final:
+        for axis in (by_tokens, by_time):
+            axis.set_ylim(min(final) - 0.02, max(max(late), max(final) + 0.1))
+    by_tokens.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title="loss against tokens")
+    by_time.set(xlabel="seconds of steps", ylabel="validation loss (nats a token)", title="loss against time")
+    entropies.set(xlabel="million tokens", ylabel="load entropy (1: even)", title="load of the experts")
+    loads.set(
+        xlabel="experts of a layer, busiest first (share of them)", ylabel="tokens, as a multiple of an even share",
+        title="load at the end, mean of the layers",
+    )  # fmt: skip
+    for axis in (by_tokens, by_time, entropies, loads):
+        axis.grid(alpha=0.3)
+    by_tokens.legend(fontsize="small")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "compare.png", dpi=80)
+    plt.close(figure)
+    print(f"picture: {out}/compare.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,6 +963,8 @@ def add_up_gradients(ddp, train, step, config, ranks, clock):
 
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
+    if given.get("plot"):
+        return compare([Path(run) for run in given["plot"]], Path(given.get("out", TrainConfig.out)))
     given, resuming = resolve_flags(given)
     config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
@@ -872,8 +993,15 @@ def main():
     config.micro_batch_size = config.micro_batch_size or math.gcd(share, 16)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
-    train = Tokens(folder, "train", config.block_size, config.seed, meta)
-    val = Tokens(folder, "val", config.block_size, config.seed, meta)
+    texts = Texts(folder, meta, config)
+    halves = texts, texts
+    if config.later_data:
+        later, later_meta = open_data(config.later_data, ranks)
+        if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
+            raise ValueError(
+                f"--later_data {later} has other tokens than {folder}: prepare it with --tokenizer {folder}"
+            )
+        halves = texts, Texts(later, later_meta, config)
     config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
@@ -891,20 +1019,20 @@ def main():
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
-        bits = val_loss / math.log(2) / meta["bytes_per_token"]
+        val_loss, entropy = evaluate(compiled, texts.val, config, ranks, routers)
+        bits = val_loss / math.log(2) / texts.bytes_per_token
         line = f"validation loss {val_loss:.4f} nats a token, {bits:.4f} bits a byte"
         ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
         return
 
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
-        keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
-        log = open_run(out, keep, record["step"])
         total, active = model.parameter_counts()
+        keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
+        log = open_run(out, keep | {"active_parameters": active}, record["step"])
         print(
-            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(train.ids) / 1e6:.1f}M tokens of "
-            f"{config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
+            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(texts.train.ids) / 1e6:.1f}M "
+            f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
         )
         peak, product = rates(device, config.dtype)
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
@@ -921,8 +1049,9 @@ def main():
     while step < config.steps:
         started = time.perf_counter()
         lr = learning_rate(step, config)
+        texts = halves[2 * step >= config.steps]
 
-        loss = add_up_gradients(ddp, train, step, config, ranks, clock)
+        loss = add_up_gradients(ddp, texts.train, step, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
@@ -951,19 +1080,21 @@ def main():
             entry |= {"mfu": 1e12 * entry["tflops"] / peak} if peak else {}
         if counts is not None:
             entry["load_entropy"] = load_entropy(counts[:, :-1].float())
-            if step % load_every == 0:
+            if step % load_every == 0 or config.log_every > 1:
                 entry["load"] = counts[:, :-1].tolist()
         better = False
         if step % config.eval_every == 0 or step == config.steps:
             with clock("evaluation"):
-                val_loss, entropy = evaluate(compiled, val, config, ranks, routers)
-            entry |= {"val_loss": finite(val_loss), "val_bpb": finite(val_loss / math.log(2) / meta["bytes_per_token"])}
+                val_loss, entropy = evaluate(compiled, texts.val, config, ranks, routers)
+            bits = val_loss / math.log(2) / texts.bytes_per_token
+            entry |= {"val_loss": finite(val_loss), "val_bpb": finite(bits)}
             if entropy is not None:
                 entry["val_load_entropy"] = entropy
             better = val_loss < (math.inf if record["best"] is None else record["best"])
             record["best"] = val_loss if better else record["best"]
         if ranks.first:
-            log.write(json.dumps(entry) + "\n")
+            if step % config.log_every == 0 or "val_loss" in entry:
+                log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
             last = "no checkpoint yet"
@@ -972,7 +1103,7 @@ def main():
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
-        if due or stopping or step == config.steps:
+        if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
                 path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep, ranks)
             saved_step = step
@@ -1029,7 +1160,11 @@ def report_speed(clock, out):
 def farewell(model, tokenizer, config, step):
     """What to do next; after the last step, with a sample of text."""
     if step < config.steps:
-        print(f"stopped after step {step}, which is saved; go on with: python train.py --out {config.out} --resume")
+        print(
+            f"stopped after step {step}, which is saved; go on with: python train.py --out {config.out} --resume"
+            if config.keep
+            else f"stopped after step {step}; nothing is saved (--keep 0)"
+        )
         return
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n")
     tokens = torch.tensor([start], device=next(model.parameters()).device)
@@ -1037,8 +1172,8 @@ def farewell(model, tokenizer, config, step):
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     print(
-        f"loss and experts: {config.out}/loss.png, {config.out}/experts.png; more text: "
-        f'python sample.py --checkpoint {config.out} --prompt "import "'
+        f"loss and experts: {config.out}/loss.png, {config.out}/experts.png"
+        + (f'; more text: python sample.py --checkpoint {config.out} --prompt "import "' if config.keep else "")
     )
 
 

@@ -51,6 +51,10 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
 # Configuration
 
 
+ZAYA1 = {"attention": "cca", "mlp": "moe", "cca_without": None, "router": "zaya", "residual_scaling": True}
+CCA_PARTS = ("depthwise", "grouped", "value_shift", "qk_mean")
+
+
 @dataclass
 class ZayaConfig:
     """The shape of a model. The defaults are ZAYA1-8B; the names are those of its config.json.
@@ -83,6 +87,9 @@ class ZayaConfig:
     pad_token_id: int | None = 0  # fills short rows of a batch, if any; not used here
     attention: str = "cca"  # "cca", or a conventional "gqa" or "mha" (Hq = Hk = D / h) to compare with
     mlp: str = "moe"  # "moe", or "dense": one SwiGLU of width F and no router, to compare with
+    cca_without: list[str] | None = None  # parts that cca shall lack: depthwise, grouped, value_shift, qk_mean
+    router: str = "zaya"  # "zaya", "no_eda" (each layer's router on its own), or "linear" (one matrix)
+    residual_scaling: bool = True  # or plain sums where attention and experts join the stream
 
     def __post_init__(self):
         if self.layer_types is None:
@@ -120,6 +127,19 @@ class ZayaConfig:
             raise ValueError(
                 f'attention is cca, gqa or mha and mlp is moe or dense, not "{self.attention}" and "{self.mlp}"'
             )
+        self.cca_without = sorted(set(self.cca_without or [])) or None
+        if self.cca_without and (self.attention != "cca" or set(self.cca_without) - set(CCA_PARTS)):
+            raise ValueError(f"cca_without names parts of attention cca, of {', '.join(CCA_PARTS)}")
+        if "depthwise" in (self.cca_without or []):
+            self.cca_time0 = 1
+        if "grouped" in (self.cca_without or []):
+            self.cca_time1 = 1
+        if self.router not in ("zaya", "no_eda", "linear"):
+            raise ValueError(f'router is zaya, no_eda or linear, not "{self.router}"')
+
+    @property
+    def is_zaya1(self):  # and not something that it is compared with
+        return all(getattr(self, name) == value for name, value in ZAYA1.items())
 
     @property
     def rotary_dim(self):
@@ -286,6 +306,15 @@ def grouped_conv(x, weight, bias, H):
     return torch.baddbmm(bias.view(H, 1, h), x, weight).transpose(0, 1).reshape(B, T, C)
 
 
+def normalize_heads(qk, temp):
+    """Give every head of qk (B, T, H, h) the length sqrt(h), keys times temp (Hk). [T] clamps the norm at its dtype's
+    eps; we, at fp32's."""
+    H, h = qk.shape[2:]
+    length = math.sqrt(h) * torch.cat([temp.new_ones(H - len(temp)), temp])[:, None]  # (H, 1)
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    return qk * (length / norm)
+
+
 @has_kernel
 def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     """Everything between the projections and the attention ([C] II-B, steps 2 to 7).
@@ -308,10 +337,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     mixed = mixed.view(B, T, H, h)
     # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
     v = torch.cat([v_now, torch.cat([v_before, v_late[:, :-1]], dim=1)], dim=-1).view(B, T, Hk, h)
-    # Every head gets length sqrt(h), keys times temp. [T] clamps the norm at its dtype's eps; we, at fp32's.
-    length = math.sqrt(h) * torch.cat([temp.new_ones(Hq), temp])[:, None]  # (H, 1)
-    norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
-    mixed = rotate(mixed * (length / norm), cos, sin).to(qkv.dtype)
+    mixed = rotate(normalize_heads(mixed, temp), cos, sin).to(qkv.dtype)
     return *mixed.split([Hq, Hk], dim=2), v
 
 
@@ -362,15 +388,19 @@ class CCA(nn.Module):
         self.conv_qk_depthwise = nn.Conv1d(C, C, config.cca_time0, groups=C)
         self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
 
-    def forward(self, x, temp, cos, sin, cache):
-        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
-        B, C, late = len(x), self.conv_qk_depthwise.in_channels, self.v_proj_delayed.out_features
+    def project(self, x, cache):
+        """x (B, T, D) -> qkv, past and v_before, as cca takes them."""
         parts = [self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed]
         qkv = linear(x, torch.cat([part.weight for part in parts]))
+        B, late = len(x), self.v_proj_delayed.out_features
+        C = qkv.shape[2] - 2 * late
         if cache is None:
-            past, v_before = qkv.new_zeros(B, self.past_columns, C), qkv.new_zeros(B, 1, late)
-        else:
-            past, v_before = cache.shift(qkv[..., :C], qkv[..., -late:])
+            return qkv, qkv.new_zeros(B, self.past_columns, C), qkv.new_zeros(B, 1, late)
+        return qkv, *cache.shift(qkv[..., :C], qkv[..., -late:])
+
+    def forward(self, x, temp, cos, sin, cache):
+        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
+        qkv, past, v_before = self.project(x, cache)
         depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
         depthwise, grouped = (depthwise.weight, depthwise.bias), (grouped.weight, grouped.bias)
         return cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin)
@@ -382,7 +412,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer_type):
         super().__init__()
         self.window = config.sliding_window if layer_type == "hybrid_sliding" else None
-        self.qkv_proj = CCA(config) if config.attention == "cca" else PlainProjection(config)
+        self.qkv_proj = projections(config)
         # From scratch the temperature starts at 1. [T] and [Z] start at 0: every key is zero, and attention a mean.
         self.qk_norm = nn.ParameterDict(
             {"temp": torch.ones(config.num_key_value_heads)} if config.attention == "cca" else {}
@@ -451,12 +481,18 @@ def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
     thought = F.gelu(linear(Normalize.apply(state, norm, eps), *fc1))
     thought = F.gelu(linear(thought, *fc2))
     # fp32: in bf16 a tenth of the tokens would see ties between experts.
-    probabilities = linear(thought, out).float().softmax(dim=-1)  # (N, E + 1)
-    # The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not
-    # renormalised, and through that one number alone the gradient reaches the router.
+    return *choose(linear(thought, out).float().softmax(dim=-1), balancing_biases), state
+
+
+def choose(probabilities, balancing_biases):
+    """The class of each token: (N, E + 1) -> its probability (N), its number (N), tokens a class (E + 1).
+
+    The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not renormalised,
+    and through that one number alone the gradient reaches the router.
+    """
     choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
-    counts = (choice[:, None] == torch.arange(len(balancing_biases), device=r.device)).sum(dim=0)
-    return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts, state
+    counts = (choice[:, None] == torch.arange(len(balancing_biases), device=choice.device)).sum(dim=0)
+    return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts
 
 
 class Experts(nn.Module):
@@ -475,7 +511,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.num_experts = config.num_experts
-        self.gate = Router(config, layer)
+        self.gate = ROUTERS[config.router](config, layer)
         self.experts = Experts(config)
 
     def forward(self, x, router_state):
@@ -571,10 +607,11 @@ class Block(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, config.layer_types[layer])
-        self.post_attention_residual_scale = ResidualScaling(D)
+        merging = ResidualScaling if config.residual_scaling else PlainSum
+        self.post_attention_residual_scale = merging(D)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MixtureOfExperts(config, layer) if config.mlp == "moe" else DenseMLP(config)
-        self.post_mlp_residual_scale = ResidualScaling(D)
+        self.post_mlp_residual_scale = merging(D)
 
     def forward(self, stream, normed, router_state, rotary, cache, next_norm):
         """stream (B, T, D) fp32, the same normalised, router_state (N, R) or None -> all three, after this layer."""
@@ -599,8 +636,9 @@ class Zaya(nn.Module):
         self.config, self.kernels = config, kernels
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
-        self.input_hidden_states_scale = nn.Parameter(torch.ones(D))
-        self.input_hidden_states_bias = nn.Parameter(torch.zeros(D))
+        if config.residual_scaling:
+            self.input_hidden_states_scale = nn.Parameter(torch.ones(D))
+            self.input_hidden_states_bias = nn.Parameter(torch.zeros(D))
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(L)])
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -622,8 +660,9 @@ class Zaya(nn.Module):
             nn.init.normal_(module.gate_up_proj, std=std)
             nn.init.normal_(module.down_proj, std=std)
         elif isinstance(module, Router):  # comes after its own parts
-            for linear in (module.down_proj, *list(module.router_mlp.values())[1:]):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.normal_(part.weight, std=part.in_features**-0.5)
 
     def cast(self, dtype):
         """Put everything that takes part in a matrix product in dtype; norms, scales, temperatures, biases of the
@@ -649,7 +688,8 @@ class Zaya(nn.Module):
             "hybrid_sliding": rotary_table(positions, config.rotary_dim, config.sliding_rope_theta),
         }
         stream = self.embed_tokens(tokens).float()
-        stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
+        if config.residual_scaling:
+            stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
         normed, router_state = self.layers[0].input_layernorm(stream), None
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
@@ -840,7 +880,7 @@ class Decoder:
     def suits(model):
         weight, config = model.head, model.config
         fp32_cpu = (weight.device.type, weight.dtype) == ("cpu", torch.float32) and model.kernels != "triton"
-        return fp32_cpu and (config.attention, config.mlp) == ("cca", "moe")
+        return fp32_cpu and config.is_zaya1
 
     def __init__(self, model, cache):
         config, h = model.config, model.config.head_dim
@@ -988,7 +1028,41 @@ def sample(logits, temperature, top_k, top_p):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Not ZAYA1: what it is compared with, conventional attention ("gqa", "mha") and one MLP for all tokens ("dense")
+# Not ZAYA1: what it is compared with. Skip this section on a first reading.
+
+
+def projections(config):
+    """The part of Attention that makes queries, keys and values."""
+    if config.attention != "cca":
+        return PlainProjection(config)
+    return PartialCCA(config) if config.cca_without else CCA(config)
+
+
+class PartialCCA(CCA):
+    """CCA without some of its parts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.without, self.heads = config.cca_without, (config.num_attention_heads, config.num_key_value_heads)
+        for convolution in {"depthwise", "grouped"} & set(self.without):
+            delattr(self, f"conv_qk_{convolution}")
+
+    def forward(self, x, temp, cos, sin, cache):
+        qkv, past, v_before = self.project(x, cache)
+        (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
+        qk, v_now, v_late = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
+        mixed = torch.cat([past, qk], dim=1)
+        if "depthwise" not in self.without:
+            mixed = depthwise_conv(mixed, self.conv_qk_depthwise.weight, self.conv_qk_depthwise.bias)
+        if "grouped" not in self.without:
+            mixed = grouped_conv(mixed, self.conv_qk_grouped.weight, self.conv_qk_grouped.bias, Hq + Hk)
+        mixed = mixed.float()
+        if "qk_mean" not in self.without:
+            mixed = mixed + qk_mean(qk.float(), Hq, Hk)
+        if "value_shift" not in self.without:
+            v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
+        mixed = rotate(normalize_heads(mixed.view(B, T, Hq + Hk, -1), temp), cos, sin).to(qkv.dtype)
+        return *mixed.split([Hq, Hk], dim=2), torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
 
 
 class PlainProjection(nn.Module):
@@ -1006,6 +1080,44 @@ class PlainProjection(nn.Module):
             linear(x, part.weight).unflatten(-1, (-1, self.h)) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
+
+
+class LonelyRouter(Router):
+    """The router without depth averaging: no layer learns what those before it thought."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer=0)
+
+    def forward(self, x, before):
+        return super().forward(x, None)
+
+
+class LinearRouter(Router):
+    """The usual router: one matrix from a token to its classes."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer=0)
+        del self.down_proj, self.router_mlp
+        self.out_proj = nn.Linear(config.hidden_size, config.num_experts + 1, bias=False)
+
+    def forward(self, x, before):
+        chosen = choose(linear(x, self.out_proj.weight).float().softmax(dim=-1), self.balancing_biases)
+        self.counts += chosen[2]
+        return *chosen, None
+
+
+ROUTERS = {"zaya": Router, "no_eda": LonelyRouter, "linear": LinearRouter}
+
+
+class PlainSum(nn.Module):
+    """stream <- stream + out, in the place of ResidualScaling."""
+
+    def __init__(self, size):
+        super().__init__()
+
+    def forward(self, stream, out, norm):
+        stream = stream + out
+        return stream, norm(stream).to(out.dtype)
 
 
 class DenseMLP(nn.Module):
@@ -1266,11 +1378,11 @@ def config_to_json(config):
     """The official config.json. What is not a ZAYA1 says so, lest `transformers` misread it."""
     values = asdict(config)
     full, sliding, factor = (values.pop(name) for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"))
-    if is_zaya1 := (config.attention, config.mlp) == ("cca", "moe"):
-        del values["attention"], values["mlp"]
+    if config.is_zaya1:
+        values = {name: value for name, value in values.items() if name not in ZAYA1}
     return {
-        "architectures": ["ZayaForCausalLM"] if is_zaya1 else ["Zaya"],
-        "model_type": "zaya" if is_zaya1 else "nanozaya",
+        "architectures": ["ZayaForCausalLM"] if config.is_zaya1 else ["Zaya"],
+        "model_type": "zaya" if config.is_zaya1 else "nanozaya",
         "dtype": "float32",
         "hidden_act": "silu",
         "num_experts_per_tok": 1,
@@ -1496,7 +1608,7 @@ def parse_flags(description, *classes):
                 return int(float(text)) if float(text).is_integer() else fail(text)
             if float in kinds:
                 return float(text)
-            return text if str in kinds else text.split(",")
+            return text if str in kinds else text.split(",")  # of a list, which more words make longer
 
         def fail(text):
             raise ValueError(text)
@@ -1511,12 +1623,17 @@ def parse_flags(description, *classes):
         group, source = parser.add_argument_group(cls.__name__), inspect.getsource(cls)
         for field in fields(cls):
             comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)[1].replace("%", "%%")
-            flag = {"nargs": "?", "const": True} if bool in (field.type, *get_args(field.type)) else {}
+            kinds = field.type, *get_args(field.type)
+            flag = {"nargs": "?", "const": True} if bool in kinds else {"nargs": "+"} if list[str] in kinds else {}
             group.add_argument(
                 f"--{field.name}", type=reader(field.type), default=argparse.SUPPRESS,
                 metavar=field.name.rsplit("_")[-1].upper(), help=f"{comment} (default: {field.default})", **flag,
             )  # fmt: skip
-    return vars(parser.parse_args())
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = None if value == [None] else [word for words in value for word in words or []]
+    return given
 
 
 @contextmanager

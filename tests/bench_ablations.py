@@ -1,0 +1,198 @@
+"""What each idea buys: train small models that differ in one thing, and compare them.
+
+python tests/bench_ablations.py cca|attention|router|switch|scaling|dense|experts [--seeds 3] [--jobs 2]
+
+Every row is trained with every seed on the same tokens, its experts' width chosen so that all rows have the same active
+parameters; then once more, where its step takes another time than the first row's, for as many steps as fit that row's
+time. What --out already holds is not trained again: only the table and the picture are made.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train
+from zaya import PRESETS, Zaya, ZayaConfig
+
+BASE = dict(
+    hidden_size=128, num_hidden_layers=4, head_dim=16, num_attention_heads=4, num_key_value_heads=1,
+    moe_intermediate_size=128, router_hidden_size=32, num_experts=16,
+)  # fmt: skip
+RUN = dict(
+    steps=250, batch_size=8, block_size=256, eval_every=25, eval_batches=16, log_every=25, keep=0, dtype="float32",
+    device="cpu",
+)  # fmt: skip
+ROWS = {  # flags that differ from BASE
+    "zaya": {},
+    # Compressed Convolutional Attention, part by part ([C] table V)
+    "bare": dict(cca_without="depthwise,grouped,value_shift,qk_mean"),
+    "one_convolution": dict(cca_without="grouped,value_shift,qk_mean"),
+    "two_convolutions": dict(cca_without="value_shift,qk_mean"),
+    "and_value_shift": dict(cca_without="qk_mean"),
+    "no_convolutions": dict(cca_without="depthwise,grouped"),
+    "no_value_shift": dict(cca_without="value_shift"),
+    # Kinds of attention; all but mha have the same KV cache
+    "gqa_narrow": dict(attention="gqa"),
+    "gqa_wide": dict(attention="gqa", num_attention_heads=8),
+    "mha": dict(attention="mha"),
+    # Router and balancing
+    "no_eda": dict(router="no_eda"),
+    "linear": dict(router="linear"),
+    "sign": dict(balancing="sign", balance_lr=0.01),
+    "unbalanced": dict(balancing="none"),
+    "no_scaling": dict(residual_scaling=0),
+    "dense": dict(mlp="dense"),
+} | {f"{n}_experts": dict(num_experts=n) for n in (1, 2, 4, 8, 32, 64)}
+TABLES = {
+    "cca": ["zaya", "bare", "one_convolution", "two_convolutions", "and_value_shift", "no_convolutions",
+            "no_value_shift"],
+    "attention": ["zaya", "gqa_narrow", "gqa_wide", "mha"],
+    "router": ["zaya", "no_eda", "linear", "sign", "unbalanced"],
+    "switch": ["zaya", "no_eda", "linear", "sign", "unbalanced"],
+    "scaling": ["zaya", "no_scaling"],
+    "dense": ["zaya", "dense"],
+    "experts": ["zaya", *(f"{n}_experts" for n in (1, 2, 4, 8, 32, 64))],
+}  # fmt: skip
+
+
+def shape_of(row):
+    """The shape of a row's model, of the active parameters of the first one."""
+    flags = BASE | ROWS[row]
+
+    def active(width):
+        with torch.device("meta"):
+            return Zaya(config_of(flags | {"moe_intermediate_size": width})).parameter_counts()[1]
+
+    a_width = active(2) - active(1)
+    with torch.device("meta"):
+        goal = Zaya(config_of(BASE)).parameter_counts()[1]
+    return flags | {"moe_intermediate_size": 1 + round((goal - active(1)) / a_width)}
+
+
+def config_of(flags):
+    """The ZayaConfig of a row, as train.py makes it."""
+    known = {f.name for f in fields(ZayaConfig)}
+    shape = {name: value for name, value in flags.items() if name in known}
+    if "cca_without" in shape:
+        shape["cca_without"] = shape["cca_without"].split(",")
+    return train.model_config(train.TrainConfig(block_size=256), shape, PRESETS["nano"].vocab_size, None)
+
+
+def step_times(rows, rounds=25):
+    """{row: time of a step as a multiple of the first row's}: the median of rounds in which all take turns."""
+    ranks, torch_threads = train.Ranks("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = train.TrainConfig(**{name: value for name, value in RUN.items()})
+    steps = {}
+    for row in rows:
+        flags = shape_of(row)
+        model = Zaya(config_of(flags))
+        own = train.TrainConfig(**RUN | {name: v for name, v in flags.items() if name.startswith("balanc")})
+        steps[row] = model, train.Optimizer(model, own, torch.float32, ranks)
+    tokens = torch.randint(2048, (config.batch_size, config.block_size + 1))
+    taken = {row: [] for row in rows}
+    for _ in tqdm(range(rounds + 2), desc="timing", disable=None):
+        for row, (model, optimizer) in steps.items():
+            start = time.perf_counter()
+            model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            counts = train.collect_counts(model.routers, ranks)
+            optimizer.step(50, None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True))
+            model.zero_grad(set_to_none=True)
+            taken[row].append(time.perf_counter() - start)
+    torch.set_num_threads(torch_threads)
+    first = taken[rows[0]]
+    return {row: statistics.median(a / b for a, b in zip(times[2:], first[2:])) for row, times in taken.items()}
+
+
+def train_run(out, flags):
+    """One run of train.py in --out, on one core, unless it is there."""
+    if (out / "log.jsonl").exists() and train.read_log(out)[-1]["step"] == flags["steps"]:
+        return
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "train.py", "--out", os.path.relpath(out, ROOT), *words]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{out}: {done.stderr.splitlines()[-1]}")
+    for picture in out.glob("*.png"):
+        picture.unlink()
+
+
+def later_data(copy):
+    """A folder with tiny Shakespeare in the tokens of data/stdlib."""
+    folder = ROOT / "out-ablations" / "shakespeare"
+    if not (folder / "meta.json").exists():
+        file = ["--file", copy] if copy else []
+        prepare = [sys.executable, ROOT / "data" / "shakespeare" / "prepare.py", *file]
+        subprocess.run([*prepare, "--tokenizer", ROOT / "data" / "stdlib", "--out", folder], check=True)
+    return folder.relative_to(ROOT)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=TABLES, help="what to vary")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a row (default: 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "ablations", help="default: assets/ablations")
+    parser.add_argument("--shakespeare", type=Path, help="a copy of tiny Shakespeare for `switch`, else downloaded")
+    args = parser.parse_args()
+    train.open_data("stdlib", train.Ranks("cpu"))
+    rows, extra = TABLES[args.table], {}
+    if args.table == "switch":
+        extra = {"later_data": later_data(args.shakespeare), "eval_every": 10, "log_every": 10}
+    prefix = "switch-" if args.table == "switch" else ""
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "times.json"
+    times = json.loads(file.read_text()) if file.exists() else {}
+    if set(rows) - set(times):
+        times |= step_times(rows)
+        file.write_text(json.dumps(times, indent=1) + "\n")
+
+    equal_tokens, equal_time, work = [], [], {}
+    for seed in range(1, args.seeds + 1):
+        for row in rows:
+            flags = RUN | shape_of(row) | extra | {"seed": seed}
+            out = args.out / f"{prefix}{row}-{seed}"
+            equal_tokens.append(out)
+            work[out] = flags
+            if args.table == "switch":
+                continue
+            if abs(times[row] - 1) > 0.05:
+                out = args.out / f"{row}.time-{seed}"
+                work[out] = flags | {"steps": round(RUN["steps"] / times[row] / 5) * 5}
+            equal_time.append(out)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(work), unit="run", disable=None) as bar:
+        for _ in pool.map(lambda item: train_run(*item), work.items()):
+            bar.update()
+    for title, runs in (("equal tokens", equal_tokens), ("equal time", equal_time)):
+        if runs:
+            print(f"\n{args.table}, {title}:")
+            subprocess.run(
+                [
+                    sys.executable,
+                    ROOT / "train.py",
+                    "--out",
+                    args.out / "pictures" / f"{args.table}-{title.split()[1]}",
+                    "--plot",
+                    *runs,
+                ],
+                check=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
