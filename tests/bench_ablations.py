@@ -28,11 +28,11 @@ import train
 from zaya import PRESETS, Zaya, ZayaConfig
 
 BASE = dict(
-    hidden_size=128, num_hidden_layers=4, head_dim=16, num_attention_heads=4, num_key_value_heads=1,
-    moe_intermediate_size=128, router_hidden_size=32, num_experts=16,
+    hidden_size=128, num_hidden_layers=3, head_dim=16, num_attention_heads=4, num_key_value_heads=1,
+    moe_intermediate_size=128, router_hidden_size=32, num_experts=8,
 )  # fmt: skip
 RUN = dict(
-    steps=250, batch_size=8, block_size=256, eval_every=25, eval_batches=16, log_every=25, keep=0, dtype="float32",
+    steps=220, batch_size=16, block_size=256, eval_every=20, eval_batches=8, log_every=20, keep=0, dtype="bfloat16",
     device="cpu",
 )  # fmt: skip
 ROWS = {  # flags that differ from BASE
@@ -51,11 +51,11 @@ ROWS = {  # flags that differ from BASE
     # Router and balancing
     "no_eda": dict(router="no_eda"),
     "linear": dict(router="linear"),
-    "sign": dict(balancing="sign", balance_lr=0.01),
+    "sign": dict(balancing="sign"),
     "unbalanced": dict(balancing="none"),
     "no_scaling": dict(residual_scaling=0),
     "dense": dict(mlp="dense"),
-} | {f"{n}_experts": dict(num_experts=n) for n in (1, 2, 4, 8, 32, 64)}
+} | {f"{n}_experts": dict(num_experts=n) for n in (1, 2, 4, 16, 32, 64)}
 TABLES = {
     "cca": ["zaya", "bare", "one_convolution", "two_convolutions", "and_value_shift", "no_convolutions",
             "no_value_shift"],
@@ -64,7 +64,7 @@ TABLES = {
     "switch": ["zaya", "no_eda", "linear", "sign", "unbalanced"],
     "scaling": ["zaya", "no_scaling"],
     "dense": ["zaya", "dense"],
-    "experts": ["zaya", *(f"{n}_experts" for n in (1, 2, 4, 8, 32, 64))],
+    "experts": ["zaya", *(f"{n}_experts" for n in (1, 2, 4, 16, 32, 64))],
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def step_times(rows, rounds=25):
         flags = shape_of(row)
         model = Zaya(config_of(flags))
         own = train.TrainConfig(**RUN | {name: v for name, v in flags.items() if name.startswith("balanc")})
-        steps[row] = model, train.Optimizer(model, own, torch.float32, ranks)
+        steps[row] = model, train.Optimizer(model, own, torch.bfloat16, ranks)
     tokens = torch.randint(2048, (config.batch_size, config.block_size + 1))
     taken = {row: [] for row in rows}
     for _ in tqdm(range(rounds + 2), desc="timing", disable=None):
@@ -171,7 +171,7 @@ def main():
             work[out] = flags
             if args.table == "switch":
                 continue
-            if abs(times[row] - 1) > 0.05:
+            if abs(times[row] - 1) > 0.1:
                 out = args.out / f"{row}.time-{seed}"
                 work[out] = flags | {"steps": round(RUN["steps"] / times[row] / 5) * 5}
             equal_time.append(out)
