@@ -679,10 +679,9 @@ class Zaya(nn.Module):
     def hidden_states(self, tokens, cache=None):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
         use_kernels(self.kernels)
-        config, start = self.config, cache.length if cache else 0
+        config, positions = self.config, torch.arange(tokens.shape[1], device=tokens.device)
         if cache:
-            cache.advance(tokens.shape[1])
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            positions = cache.advance(positions)
         rotary = {
             "hybrid": rotary_table(positions, config.rotary_dim, config.rope_theta),
             "hybrid_sliding": rotary_table(positions, config.rotary_dim, config.sliding_rope_theta),
@@ -725,26 +724,43 @@ class Zaya(nn.Module):
     @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Yield the next token (B) of every text, max_new_tokens times or until all have ended. See generate."""
+
+        def pick(hidden):
+            return sample(self.logits(hidden), temperature, top_k, top_p)
+
         context = self.config.max_position_embeddings
         cache = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens))
-        hidden = self.hidden_states(tokens[:, -context:], cache)[:, -1]
-        decoder = Decoder(self, cache) if Decoder.suits(self) else None
-        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            token = sample(self.logits(hidden), temperature, top_k, top_p)
+        token = pick(self.hidden_states(tokens[:, -context:], cache)[:, -1])
+        after = self.decoder(cache, pick)
+        ended, new = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), []
+        for count in range(1, max_new_tokens + 1):
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
                 ended |= token == eos_token_id
+            new.append(token)
             yield token
-            if eos_token_id is not None and ended.all():
+            # Looking at the GPU makes it wait, so there every 16th time will do.
+            look = eos_token_id is not None and (not token.is_cuda or count % 16 == 0)
+            if count == max_new_tokens or (look and ended.all()):
                 return
-            tokens = torch.cat([tokens, token[:, None]], dim=1)
             if cache.length < cache.max_len:
-                hidden = decoder.step(token) if decoder else self.hidden_states(token[:, None], cache)[:, -1]
+                token = after(token)
             else:  # the context is full: read its second half again, as the beginning of a new one
+                tokens, new = torch.cat([tokens, torch.stack(new, dim=1)], dim=1)[:, -max(1, context // 2) :], []
                 cache = self.new_cache(len(tokens), context)
-                hidden = self.hidden_states(tokens[:, -max(1, context // 2) :], cache)[:, -1]
-                decoder = Decoder(self, cache) if decoder else None
+                token = pick(self.hidden_states(tokens, cache)[:, -1])
+                after = self.decoder(cache, pick)
+
+    def decoder(self, cache, pick):
+        """The fastest function here from a token (B) to the next, which pick chooses of what the LM head sees."""
+        if Decoder.suits(self):
+            decoder = Decoder(self, cache)
+            return lambda token: pick(decoder.step(token))
+
+        def step(token):
+            return pick(self.hidden_states(token[:, None], cache)[:, -1])
+
+        return captured(step, cache) if cache.end.is_cuda and on_kernels(cache.end) else step
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Continue tokens (B, T), T >= 1, by up to max_new_tokens -> (B, T + n).
@@ -753,8 +769,13 @@ class Zaya(nn.Module):
         A text that has met eos_token_id is filled with it; when all have, generation ends. Of a prompt longer than
         max_position_embeddings only the end is read. Uses PyTorch's global random state.
         """
+        T = tokens.shape[1]
         new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
-        return torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
+        tokens = torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
+        if eos_token_id is not None:  # on a GPU some may have come after the last text's end
+            speaking = (tokens[:, T:] != eos_token_id).any(dim=0).nonzero()
+            tokens = tokens[:, : T + 1 + (int(speaking[-1]) + 1 if len(speaking) else 0)]
+        return tokens
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints
@@ -841,22 +862,28 @@ class LayerCache:
         self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
         self.columns = zeros(config.past_columns, (config.num_attention_heads + Hk) * h)  # of [q0 | k0]
         self.v_late = zeros(1, Hk * h // 2)
+        self.positions = None  # of the newest tokens (T)
 
     def shift(self, qk, v_late):
         """Take in the columns (B, T, C) and delayed values (B, T, Hk * h / 2) of new tokens; return those before."""
-        before = self.columns, self.v_late
-        self.columns, self.v_late = torch.cat([self.columns, qk], dim=1)[:, qk.shape[1] :], v_late[:, -1:]
-        return before
+        T, v_before = qk.shape[1], self.v_late.clone()
+        columns = torch.cat([self.columns, qk], dim=1)
+        self.columns.copy_(columns[:, T:])
+        self.v_late.copy_(v_late[:, -1:])
+        return columns[:, : columns.shape[1] - T], v_before
 
     def append(self, k, v):
         """Take in the keys and values (B, T, Hk, h) of new tokens; return all S, theirs included."""
-        start, self.length = self.length, self.length + k.shape[1]
-        self.k[:, start : self.length], self.v[:, start : self.length] = k, v
+        self.k.index_copy_(1, self.positions, k)
+        self.v.index_copy_(1, self.positions, v)
         return self.k[:, : self.length], self.v[:, : self.length]
 
 
 class Cache:
-    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few columns."""
+    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few columns.
+
+    Its buffers stay where they are, and where a token goes is read from the device: so a step can be captured.
+    """
 
     def __init__(self, model, batch_size, max_len):
         self.max_len, self.length = max_len, 0
@@ -864,12 +891,57 @@ class Cache:
         self.end = torch.zeros((), dtype=torch.int32, device=device)  # length, where a kernel can read it
         self.layers = [LayerCache(model.config, batch_size, max_len, self.end, dtype) for _ in model.layers]
 
-    def advance(self, tokens):
-        """Make room for new tokens. Raises ValueError if there is none."""
-        if self.length + tokens > self.max_len:
-            raise ValueError(f"{self.length + tokens} tokens do not fit a cache of {self.max_len}")
+    def advance(self, places):
+        """Make room for new tokens, numbered 0 to T - 1 -> their positions (T). Raises ValueError if there is none."""
+        if self.length + len(places) > self.max_len:
+            raise ValueError(f"{self.length + len(places)} tokens do not fit a cache of {self.max_len}")
+        self.grow(len(places))
+        positions = places + self.end
+        self.end += len(places)
+        for layer in self.layers:
+            layer.positions = positions
+        return positions
+
+    def grow(self, tokens):
+        """What the CPU has to know of advance."""
         self.length += tokens
-        self.end.fill_(self.length)
+        for layer in self.layers:
+            layer.length = self.length
+
+    def state(self):
+        """All that a new token changes but the keys and values, which it only adds to."""
+        return [self.end, *(t for layer in self.layers for t in (layer.columns, layer.v_late))]
+
+
+def captured(step, cache):
+    """step (token (B) -> next token), which moves cache on, as one launch: a graph of CUDA's or HIP's, replayed."""
+    token = torch.zeros(len(cache.layers[0].k), dtype=torch.int64, device=cache.end.device)
+    before, length = [tensor.clone() for tensor in cache.state()], cache.length
+
+    def go_back():
+        for tensor, value in zip(cache.state(), before):
+            tensor.copy_(value)
+        cache.grow(length - cache.length)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles kernels, and sets aside what they need
+        for _ in range(2):
+            step(token)
+            go_back()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        after = step(token)
+    cache.grow(length - cache.length)
+
+    def replay(new):
+        token.copy_(new)
+        graph.replay()
+        cache.grow(1)
+        return after.clone()
+
+    return replay
 
 
 class Decoder:
@@ -885,6 +957,7 @@ class Decoder:
     def __init__(self, model, cache):
         config, h = model.config, model.config.head_dim
         self.model, self.cache, half = model, cache, config.rotary_dim // 2
+        self.one = torch.zeros(1, dtype=torch.int64)
         self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
         for layer_type, theta in (("hybrid", config.rope_theta), ("hybrid_sliding", config.sliding_rope_theta)):
             cos, sin = (t[:, 0] for t in rotary_table(torch.arange(cache.max_len), config.rotary_dim, theta))
@@ -897,7 +970,7 @@ class Decoder:
     def step(self, tokens):
         """tokens (B) -> what the LM head sees (B, D)."""
         model, position = self.model, self.cache.length
-        self.cache.advance(1)
+        self.cache.advance(self.one)
         stream = (model.embed_tokens.weight[tokens] + model.input_hidden_states_bias) * model.input_hidden_states_scale
         first, state = model.layers[0].input_layernorm, None
         normed = rms_norm(stream, first.weight, first.eps)
@@ -989,7 +1062,7 @@ class DecoderLayer:
         x = x * (self.length / norm)
         q, k = torch.addcmul(x * cos, x.index_select(2, self.partner), sin).split([self.Hq, self.Hk], dim=1)
         v = torch.cat([v_now, cache.v_late[:, 0]], dim=1).view(B, self.Hk, h)
-        cache.v_late, cache.length = v_late[:, None], position + 1
+        cache.v_late = v_late[:, None]
         cache.k[:, position], cache.v[:, position] = k, v
         seen = slice(max(0, position + 1 - (self.window or position + 1)), position + 1)
         k, v = cache.k[:, seen].transpose(1, 2), cache.v[:, seen].transpose(1, 2)
@@ -1024,7 +1097,8 @@ def sample(logits, temperature, top_k, top_p):
         probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
         logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+    probabilities = logits.softmax(dim=-1)  # torch.multinomial's way to draw one, less its checks
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
