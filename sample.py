@@ -3,29 +3,42 @@
 python sample.py --checkpoint out --prompt "import "
 python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
 echo "def f(" | python sample.py --checkpoint out --prompt -
+python sample.py --checkpoint out --prompt "import " --show_experts 1        each token in its expert's colour
+python sample.py --compare out out-dense --prompt "import "                  two checkpoints side by side
 """
 
+import math
+import os
+import shutil
 import sys
+import textwrap
 import time
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import load_tokenizer
-from zaya import KERNELS, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line
+from zaya import KERNELS, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line, token_costs, watts
 
 
 @dataclass
 class SampleConfig:
     checkpoint: str = "out"  # a checkpoint, or a run directory (its newest)
     prompt: str = ""  # the text to continue, FILE:path to read it from a file, or - for standard input
+    chat: bool = False  # the prompt is a question: put it in the turns that the checkpoint's chat template has
     max_new_tokens: int = 200  # tokens to write; fewer if the text ends before
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model says; above: wilder
     top_k: int | None = None  # choose among the k likeliest tokens only
     top_p: float | None = None  # choose among the fewest tokens that hold this much probability
     seed: int = 1  # the same seed, the same text
     num_samples: int = 1  # texts, all in one batch
+    show_experts: int | None = None  # print each token in the colour of its expert in this layer; experts.png has more
+    compare: list[str] | None = None  # two checkpoints instead of --checkpoint: same prompt and seed, side by side
+    text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
+    gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
@@ -42,10 +55,19 @@ class SampleConfig:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be 0 or more, not {self.seed}")
+        if not 0 < self.gpu_hour < float("inf"):
+            raise ValueError(f"--gpu_hour must be positive, not {self.gpu_hour}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16, float16")
         if self.kernels not in KERNELS:
             raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f"--compare takes two checkpoints, not {len(self.compare)}")
+        if self.text is not None and self.compare is None:
+            raise ValueError("--text is what --compare measures its checkpoints on")
+        self.device = choose_device(self.device)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
 
 
 def read_prompt(prompt):
@@ -55,6 +77,109 @@ def read_prompt(prompt):
     if prompt.startswith("FILE:"):
         return Path(prompt[5:]).expanduser().read_text(encoding="utf-8")
     return prompt
+
+
+class Writer:
+    """A checkpoint and its tokenizer, ready to continue a prompt."""
+
+    def __init__(self, path, config):
+        self.config, checkpoint = config, find_checkpoint(path)
+        self.model = Zaya.from_pretrained(checkpoint, config.device, getattr(torch, config.dtype), config.kernels)
+        self.tokenizer = load_tokenizer(checkpoint)
+        eos = self.model.config.eos_token_id
+        self.ends = [] if eos is None else [eos]
+
+    def ids(self, prompt):
+        """The prompt's token ids, with the model's first one; in its turns, with --chat. ValueError if it knows one
+        not."""
+        model = self.model.config
+        if self.config.chat:
+            ids, end = self.tokenizer.turns(prompt)
+            self.ends.append(end)
+        else:
+            ids = self.tokenizer.encode(prompt)
+        if model.bos_token_id is not None:
+            ids = [model.bos_token_id, *ids]
+        ids = ids or self.tokenizer.encode("\n")  # a text must begin with something
+        if len(ids) > model.max_position_embeddings:
+            context = model.max_position_embeddings
+            message = f"the prompt has {len(ids)} tokens; the model reads the last {context}, its context"
+            print(f"sample.py: {message}", file=sys.stderr)
+        if max(ids) >= model.vocab_size:
+            raise ValueError(f"the tokenizer gives the id {max(ids)}, the model knows {model.vocab_size}")
+        return ids
+
+    def write(self, ids, show=None):
+        """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id): called as the first one grows."""
+        config, eos = self.config, self.ends[-1] if self.ends else None
+        torch.manual_seed(config.seed)
+        tokens = torch.tensor([ids] * config.num_samples, device=config.device)
+        new, speed = [], Speed(self.model, config, len(ids))
+        for token in self.model.stream(
+            tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eos
+        ):
+            new.append(token.tolist())
+            speed.tick()
+            if show and new[-1][0] not in self.ends:
+                show(new[-1][0])
+        ends = [next((i for i, token in enumerate(row) if token in self.ends), len(row)) for row in zip(*new)]
+        return [list(row[:end]) for row, end in zip(zip(*new), ends)], speed
+
+
+class Speed:
+    """How fast a text came, and what memory it took to be read for it."""
+
+    def __init__(self, model, config, prompt_tokens):
+        self.model, self.config, self.prompt_tokens, self.count = model, config, prompt_tokens, 0
+        self.started = self.now = time.perf_counter()
+
+    def tick(self):
+        """A token has come for every text."""
+        self.now, self.count = time.perf_counter(), self.count + 1
+        if self.count == 1:
+            self.first = self.now
+
+    @property
+    def tokens_per_s(self):
+        """Of all texts, from the second token on: those are decoded one by one."""
+        if self.count == 1:
+            return self.config.num_samples / (self.now - self.started)
+        return self.config.num_samples * (self.count - 1) / (self.now - self.first)
+
+    def bytes_a_step(self):
+        """All weights but those of idle experts (with even routing), and keys and values half-way through the text."""
+        c, B = self.model.config, self.config.num_samples
+        busy = 1 if c.mlp == "dense" else 1 - (1 - 1 / c.num_experts) ** B
+        size = sum(
+            p.numel() * p.element_size() * (busy if ".experts." in name else 1)
+            for name, p in self.model.named_parameters()
+            if c.tie_word_embeddings or "embed_tokens" not in name
+        )
+        past = min(self.prompt_tokens + self.count / 2, c.max_position_embeddings)
+        number = self.model.head.element_size()
+        return size + B * past * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * number
+
+    def report(self):
+        """One line."""
+        device, rate = self.config.device, self.tokens_per_s
+        line = f"{self.prompt_tokens} prompt tokens, the first new one after {1e3 * (self.first - self.started):.0f} ms"
+        line += f"; {self.count * self.config.num_samples} new ones at {rate:.1f} tokens/s"
+        if self.count > 1:
+            read, top = self.bytes_a_step() * rate / self.config.num_samples, read_bandwidth(device)
+            line += f", {read / 1e9:.3g} GB/s read, {read / top:.0%} of the {top / 1e9:.3g} GB/s to be had"
+        power = watts(device)
+        line += f", {rate / power:.3g} tokens a joule" if power else ""
+        return f"{line}; {device}, {self.config.dtype}"
+
+
+def read_bandwidth(device):
+    """Bytes that the device reads from memory in a second: the sum of a vector too large for any cache."""
+    x, best = torch.zeros(2**28 if device == "cuda" else 2**26, device=device), math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        x.sum().item()  # waits
+        best = min(best, time.perf_counter() - start)
+    return x.numel() * 4 / best
 
 
 class Printer:
@@ -77,48 +202,169 @@ class Printer:
         self.shown = max(self.shown, len(text))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeing it think: which expert each token went to
+
+
+@torch.no_grad()
+def choices(model, ids):
+    """The expert that each layer's router chooses for each token of a text -> (L, T), and its probability (L, T). The
+    text is read again for that, block by block of the model's context."""
+    heard, parts = [], []
+    hooks = [router.register_forward_hook(lambda module, args, out: heard.append(out)) for router in model.routers]
+    for block in torch.tensor([ids], device=model.head.device).split(model.config.max_position_embeddings, dim=1):
+        model.hidden_states(block)
+        parts.append([torch.stack([out[i].cpu() for out in heard]) for i in (1, 0)])
+        heard.clear()
+    for hook in hooks:
+        hook.remove()
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+
+
+def color(expert, experts):
+    """(red, green, blue), 0 to 1: neighbours far apart in hue, none too dark or too bright for either background."""
+    return hsv_to_rgb(expert * 0.618 % 1, 0.65, 0.85 if expert % 2 else 0.7)
+
+
+def in_color(text, expert, experts):
+    """text for a terminal, in the expert's colour; NO_COLOR in the environment: followed by the expert's number."""
+    if os.environ.get("NO_COLOR"):
+        return f"{text}[{expert}]"
+    red, green, blue = (round(255 * part) for part in color(expert, experts))
+    return f"\x1b[38;2;{red};{green};{blue}m{text}\x1b[0m"
+
+
+def show_experts(writer, ids, new, layer):
+    """Print a text in the colours of a layer's experts, and a legend; draw experts.png."""
+    model, tokenizer = writer.model, writer.tokenizer
+    chosen, probability = choices(model, ids + new)
+    start = len(ids)  # of what was written
+    experts = model.config.num_experts
+    pieces = [tokenizer.decode([token]) for token in new]
+    of_layer = chosen[layer, start:].tolist()
+    print("".join(in_color(piece, expert, experts) for piece, expert in zip(pieces, of_layer)))
+    print(f"\nlayer {layer}: tokens of the text by expert")
+    for expert in range(experts + 1):
+        own = [piece for piece, choice in zip(pieces, of_layer) if choice == expert]
+        if own:
+            often = sorted(set(own), key=own.count, reverse=True)[:8]
+            name = f"expert {expert:2}" if expert < experts else "skipped  "
+            print(in_color(f"{name} {len(own):4}", expert, experts) + "  " + " ".join(repr(piece) for piece in often))
+    draw_experts(pieces, chosen[:, start:], probability[:, start:], experts, Path("experts.png"))
+    print("picture: experts.png")
+
+
+def draw_experts(pieces, chosen, probability, experts, path):
+    """A panel a layer (eight at most), a column a token (the first 80), a row an expert; dark: sure of its choice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = min(80, len(pieces))
+    layers = sorted({round(i * (len(chosen) - 1) / 7) for i in range(8)})
+    figure, axes = plt.subplots(
+        len(layers), 1, figsize=(2 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, layer in zip(axes[:, 0], layers):
+        grid = torch.zeros(experts + 1, count)
+        grid[chosen[layer, :count], torch.arange(count)] = probability[layer, :count]
+        image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1)
+        axis.set_ylabel(f"layer {layer}\nexpert")
+    labels = [repr(piece)[1:-1].replace("$", r"\$") for piece in pieces[:count]]
+    axes[-1, 0].set_xticks(range(count), labels, rotation=90, fontsize=7, family="monospace")
+    axes[-1, 0].set_xlabel("token")
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label="the router's probability", shrink=0.8)
+    figure.suptitle("which expert each token went to")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two checkpoints side by side
+
+
+@torch.no_grad()
+def bits_a_byte(writer, text):
+    """How many bits each byte of a text takes if the model foretells it, block by block of its context."""
+    model, ids = writer.model, writer.tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError("--text is too short to measure anything on")
+    context, nats = min(model.config.max_position_embeddings, 2048), 0.0
+    for start in range(0, len(ids) - 1, context):
+        block = torch.tensor([ids[start : start + context + 1]], device=writer.config.device)
+        _, loss = model(block[:, :-1], block[:, 1:])
+        nats += loss.item() * (block.shape[1] - 1)
+    foretold = len(writer.tokenizer.decode_bytes(ids[1:]))
+    return nats / math.log(2) / foretold
+
+
+def compare(config, prompt):
+    """Print what two checkpoints are, cost and write."""
+    text = Path(config.text).expanduser().read_text(encoding="utf-8") if config.text else None
+    columns, facts = [], []
+    for path in config.compare:
+        writer = Writer(path, config)
+        ids = writer.ids(prompt)
+        rows, speed = writer.write(ids)
+        c = writer.model.config
+        total, active, flops, kv_bytes = token_costs(c, len(ids) + config.max_new_tokens)
+        facts.append({
+            "": path,
+            "architecture": f"{c.attention}, {'dense' if c.mlp == 'dense' else f'{c.num_experts} experts'}",
+            "parameters": f"{total:,}",
+            "active a token": f"{active:,}",
+            "MFLOP a token": f"{flops / 1e6:,.1f}",
+            "KV-cache bytes a token": f"{kv_bytes:,}",
+            "tokens/s": f"{speed.tokens_per_s:,.1f}",
+            f"$ a million tokens (${config.gpu_hour:g} an hour)":
+                f"{1e6 / speed.tokens_per_s / 3600 * config.gpu_hour:.2f}",
+        } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if text else {}))  # fmt: skip
+        columns.append([writer.tokenizer.decode(row) for row in rows])
+    label = max(map(len, facts[0]))
+    width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
+    for name in facts[0]:
+        print(f"{name:{label}}  {facts[0][name]:>24}  {facts[1][name]:>24}")
+    for a, b in zip(*columns):
+        print(f"\n{config.compare[0]:{width}} | {config.compare[1]}\n{'-' * width}-+-{'-' * width}")
+        for left, right in zip_longest(folded(prompt + a, width), folded(prompt + b, width), fillvalue=""):
+            print(f"{left:{width}} | {right}")
+
+
+def folded(text, width):
+    """A text's lines, none longer than width."""
+    lines = [line.expandtabs(4) for line in text.split("\n")]
+    return [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+
+
 def main():
     config = SampleConfig(**parse_flags(__doc__, SampleConfig))
     prompt = read_prompt(config.prompt)
-    device = choose_device(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    checkpoint = find_checkpoint(config.checkpoint)
-    model = Zaya.from_pretrained(checkpoint, device, getattr(torch, dtype), config.kernels)
-    tokenizer = load_tokenizer(checkpoint)
-
-    ids = tokenizer.encode(prompt)
-    if model.config.bos_token_id is not None:
-        ids = [model.config.bos_token_id, *ids]
-    ids = ids or tokenizer.encode("\n")  # a text must begin with something
-    context = model.config.max_position_embeddings
-    if len(ids) > context:
-        print(
-            f"sample.py: the prompt has {len(ids)} tokens; the model reads the last {context}, its context",
-            file=sys.stderr,
+    if config.compare:
+        return compare(config, prompt)
+    writer = Writer(config.checkpoint, config)
+    layers = writer.model.config.num_hidden_layers
+    if config.show_experts is not None and not (writer.model.routers and 0 <= config.show_experts < layers):
+        raise ValueError(
+            f"--show_experts {config.show_experts}: no such layer of experts; layers are 0 to {layers - 1}"
         )
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"the tokenizer gives the id {max(ids)}, the model knows {model.config.vocab_size}")
-
-    torch.manual_seed(config.seed)
-    tokens = torch.tensor([ids] * config.num_samples, device=device)
-    eos = model.config.eos_token_id
-    printer, new, started = Printer(tokenizer), [], time.perf_counter()
-    if config.num_samples == 1:
+    ids, printer = writer.ids(prompt), Printer(writer.tokenizer)
+    streaming = config.num_samples == 1 and config.show_experts is None
+    if streaming and not config.chat:
         sys.stdout.write(prompt)
-    for token in model.stream(tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eos):
-        new.append(token.tolist())
-        if config.num_samples == 1 and new[-1][0] != eos:
-            printer.add(new[-1][0])
-    seconds = time.perf_counter() - started
-    if config.num_samples == 1:
+    texts, speed = writer.write(ids, printer.add if streaming else None)
+    if streaming:
         printer.finish()
         print()
-    else:
-        for i, row in enumerate(zip(*new), start=1):
-            row = row[: row.index(eos)] if eos in row else row
-            print(f"--- {i}\n{prompt}{tokenizer.decode(row)}")
-    count = len(new) * config.num_samples
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {device}, {dtype}", file=sys.stderr)
+    for i, row in enumerate([] if streaming else texts, start=1):
+        print(f"--- {i}" if config.num_samples > 1 else "", end="\n" if config.num_samples > 1 else "")
+        if config.show_experts is not None:
+            sys.stdout.write("" if config.chat else prompt)
+            show_experts(writer, ids, row, config.show_experts)
+        else:
+            print(("" if config.chat else prompt) + writer.tokenizer.decode(row))
+    print(speed.report(), file=sys.stderr)
 
 
 if __name__ == "__main__":

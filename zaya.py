@@ -1734,6 +1734,28 @@ def choose_device(name):
     return name
 
 
+def watts(device):
+    """What a GPU draws (the mean of its last second or so), None where torch cannot read it."""
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        power = torch.cuda.power_draw(device)
+    except (ImportError, RuntimeError, AttributeError):  # the vendor's library for it is not installed
+        return None
+    return (power if torch.version.hip else power / 1000) or None  # AMD's speaks of watts, NVIDIA's of milliwatts
+
+
+def token_costs(config, context):
+    """(parameters, active ones without the embedding, operations of a forward pass a token with its share of attention
+    over that much context, bytes of KV cache a token in bf16)."""
+    with torch.device("meta"):
+        total, active = Zaya(config).parameter_counts()
+    # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return total, active, 2 * (active + config.vocab_size * config.hidden_size) + attention, kv_bytes
+
+
 @dataclass
 class TableConfig:
     preset: str | None = None  # only this preset; none: all of them
@@ -1761,12 +1783,7 @@ def cost_table():
         twins = {name: config, "  dense twin": replace(config, mlp="dense")}
         twins["  conventional twin"] = replace(config, mlp="dense", attention="mha")
         for label, twin in twins.items():
-            with torch.device("meta"):
-                total, active = Zaya(twin).parameter_counts()
-            # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
-            products = 2 * (active + twin.vocab_size * twin.hidden_size)
-            flops = products + 4 * twin.num_hidden_layers * twin.num_attention_heads * twin.head_dim * flags.context
-            kv_bytes = 2 * 2 * twin.num_hidden_layers * twin.num_key_value_heads * twin.head_dim
+            total, active, flops, kv_bytes = token_costs(twin, flags.context)
             dollars = 3 * flops * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
             print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
     print(

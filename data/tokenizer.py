@@ -11,6 +11,7 @@ A folder with anybody else's tokenizer.json opens too, through the optional pack
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,9 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 # What a tokenizer may consist of on disk; ours is the first two.
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+
+# Chats that need no template engine: the marks around a turn, and what the model's own turns are called.
+TURNS = [("<start_of_turn>", "<end_of_turn>", "model"), ("<|im_start|>", "<|im_end|>", "assistant")]
 
 
 class Tokenizer:
@@ -54,6 +58,9 @@ class Tokenizer:
     def decode_bytes(self, ids):
         """ids -> bytes, which can be joined from piece to piece where str cannot."""
         return self.encoding.decode_bytes(ids)
+
+    def turns(self, question):
+        raise ValueError(f"the tokenizer {self.name} has no chat template: it belongs to no model that chats")
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
@@ -98,6 +105,29 @@ class ForeignTokenizer:
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
 
+    def turns(self, question):
+        """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer).
+
+        A question with special tokens in it is taken for a rendered chat. ValueError for a template not known here.
+        """
+        special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        template = self.files.get("chat_template.jinja", b"").decode()
+        template = template or json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template") or ""
+        known = [turns for turns in TURNS if turns[0] in template and {*turns[:2]} <= set(special)]
+        if any(token in question for token in special):
+            self.backend.encode_special_tokens = False
+            ids = self.encode(question)
+            self.backend.encode_special_tokens = True
+            return ids, special[known[0][1]] if known else self.eot
+        if not known or not is_plain(template, known[0]):
+            raise ValueError(
+                f"the chat template of {self.name} is no plain one: let transformers' apply_chat_template render the "
+                "chat, and give --chat what it returns"
+            )
+        begin, end, role = known[0]
+        turns = [begin, f"user\n{question.strip()}", end, "\n", begin, f"{role}\n"]
+        return [i for part in turns for i in ([special[part]] if part in special else self.encode(part))], special[end]
+
     def save(self, folder):
         write_files(folder, self.files)
 
@@ -121,6 +151,16 @@ def load_tokenizer(name_or_folder):
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return from_json(spec, folder) or ForeignTokenizer(folder)
+
+
+def is_plain(template, turns):
+    """Whether a chat template (Jinja) writes turns and no more. A tag of another kind, or a sentence, in what it quotes
+    would be thoughts, tools or a system's prompt."""
+    template = re.sub(r"raise_exception\(.*?\)", "", template)
+    quoted = "".join(a or b for a, b in re.findall(r"'([^']*)'" + '|"([^"]*)"', template))
+    for mark in turns[:2]:
+        quoted = quoted.replace(mark, "")
+    return not re.search(r"<[^>]+>|\w \w+ \w", quoted)
 
 
 def char_tokenizer(texts):

@@ -145,6 +145,47 @@ def test_foreign_tokenizer(tmp_path, monkeypatch):
         load_tokenizer(tmp_path / "far")
 
 
+PLAIN = (  # as Gemma's
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role is not known to it') }}"
+    "{% endif %}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim"
+    " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
+
+
+def chatting(folder, template):
+    """The foreign tokenizer with marks around turns and a chat template."""
+    t = tokenizers.Tokenizer.from_file(str(foreign(folder) / "tokenizer.json"))
+    t.add_special_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>", "<think>"])
+    t.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<eos>", "bos_token": "<bos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_turns_are_what_transformers_makes_of_the_template(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("jinja2")
+    folder = chatting(tmp_path / "chat", PLAIN)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ours = load_tokenizer(folder)
+    ids, end = ours.turns(QUESTION[0]["content"])
+    bos = ours.backend.token_to_id("<bos>")
+    assert [bos, *ids] == expected and end == ours.backend.token_to_id("<end_of_turn>")
+    rendered = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    assert ours.turns(rendered) == (expected, end)
+    assert bos not in ours.encode(rendered)  # elsewhere special tokens in a text stay text
+
+
+@pytest.mark.parametrize("more", ["{{ '<think>\n' }}", "{{ 'You are a helpful assistant' }}", '{{ "<tools>" }}'])
+def test_a_template_that_does_more_is_left_to_transformers(tmp_path, more):
+    with pytest.raises(ValueError, match="apply_chat_template"):
+        load_tokenizer(chatting(tmp_path / "chat", PLAIN + more)).turns("a")
+
+
 def test_reordered_merges_are_not_taken_for_ours(tmp_path):
     """tiktoken merges by id; a file whose merges have another order must go to the package tokenizers."""
     make("bpe").save(tmp_path)

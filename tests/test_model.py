@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -440,6 +441,14 @@ TWINS = {
     "mha": dict(attention="mha"),
     "conventional": dict(attention="mha", mlp="dense"),
     "sliding gqa": dict(attention="gqa", layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4),
+    "no depthwise convolution": dict(cca_without=["depthwise"]),
+    "no grouped convolution": dict(cca_without=["grouped"]),
+    "no value shift": dict(cca_without=["value_shift"]),
+    "no q-k mean": dict(cca_without=["qk_mean"]),
+    "bare cca": dict(cca_without=list(zaya.CCA_PARTS)),
+    "no depth averaging": dict(router="no_eda"),
+    "linear router": dict(router="linear"),
+    "plain sums": dict(residual_scaling=False),
 }
 
 
@@ -458,6 +467,76 @@ def test_twins_train_decode_and_come_back(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanozaya"
     again = Zaya.from_pretrained(tmp_path)
     assert again.config == model.config and again(tokens)[0].equal(full)
+
+
+@pytest.mark.parametrize(
+    "changes, gone",
+    [
+        (dict(cca_without=["depthwise"]), "conv_qk_depthwise"),
+        (dict(cca_without=["grouped"]), "conv_qk_grouped"),
+        (dict(router="no_eda"), "router_states_scale"),
+        (dict(router="linear"), "router_mlp|gate.down_proj|router_states_scale"),
+        (dict(residual_scaling=False), "residual_scale|input_hidden_states"),
+        (dict(mlp="dense"), "gate\\.|experts"),
+    ],
+    ids=str,
+)
+def test_what_is_switched_off_leaves_no_parameters(changes, gone):
+    whole, less = Zaya(SMALL), Zaya(replace(SMALL, **changes))
+    assert any(re.search(gone, name) for name, _ in whole.named_parameters())
+    assert not any(re.search(gone, name) for name, _ in less.named_parameters())
+
+
+@pytest.mark.parametrize("part", zaya.CCA_PARTS)
+def test_each_part_of_cca_counts(part):
+    """Left out, the logits change; q-k mean and value shift have no weights, so nothing else can tell."""
+    whole = random_model()
+    less = random_model(cca_without=[part])
+    less.load_state_dict({n: t for n, t in whole.state_dict().items() if n in less.state_dict()})
+    tokens = random_tokens(2, 13)
+    assert not torch.allclose(whole(tokens)[0], less(tokens)[0], atol=1e-3)
+
+
+def test_cca_without_shift_does_not_look_back_for_its_values():
+    """With neither convolution nor shift, the attention of a first token is its own value alone."""
+    config = replace(SMALL, cca_without=["depthwise", "grouped", "value_shift"])
+    torch.manual_seed(0)
+    part, x = zaya.PartialCCA(config), torch.randn(1, 5, config.hidden_size)
+    cos, sin = zaya.rotary_table(torch.arange(5), config.rotary_dim, 1e4)
+    _, _, v = part(x, torch.ones(config.num_key_value_heads), cos, sin, None)
+    own = torch.cat([part.v_proj_current(x), part.v_proj_delayed(x)], dim=-1)
+    torch.testing.assert_close(v.flatten(2), own)
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails where Python asks the device for a number, for which it would have to wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        assert function is not torch.ops.aten.nonzero.default, "a step waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(mlp="dense"), dict(attention="gqa"), dict(cca_time0=1, cca_time1=1)], ids=str
+)
+def test_a_step_with_kernels_can_be_captured(changes):
+    """It never waits for the device, and its state stays in place: what a CUDA graph needs."""
+    pytest.importorskip("triton")
+    model = random_model(**changes)
+    model.kernels = "triton"
+    tokens = random_tokens(2, 5)
+    with torch.no_grad():
+        cache = model.new_cache(2, 9)
+        model.hidden_states(tokens, cache)
+        places = [tensor.data_ptr() for tensor in cache.state()]
+        step = model.decoder(cache, lambda hidden: zaya.sample(model.logits(hidden), 0.8, 5, 0.9))
+        with NoQuestions():
+            token = step(tokens[:, -1])
+            step(token)
+    assert [tensor.data_ptr() for tensor in cache.state()] == places
+    assert cache.end.item() == cache.length == 7
+    zaya.use_kernels("auto")
 
 
 def test_conventional_twin_has_a_key_head_for_every_query_head():

@@ -1,15 +1,17 @@
 """sample.py: text from a checkpoint, repeatable, streamed in whole characters."""
 
 import io
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import command
+from conftest import command, flags
 
 import sample
 from data.tokenizer import load_tokenizer
-from zaya import Zaya
+from zaya import PRESETS, Zaya
 
 
 @pytest.fixture
@@ -30,7 +32,12 @@ def test_the_command_streams_from_standard_input_and_reports_its_speed(finished,
     done = command("sample.py", *args, input="3 times – ")
     assert done.returncode == 0
     assert done.stdout == write("--prompt", "3 times – ", "--seed", 7).stdout
-    assert re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s, cpu, float32\n", done.stderr)
+    number = r"[\d.]+(?:e[+-]\d+)?"
+    assert re.fullmatch(
+        rf"\d+ prompt tokens, the first new one after \d+ ms; \d+ new ones at {number} tokens/s, "
+        rf"{number} GB/s read, \d+% of the {number} GB/s to be had; cpu, float32\n",
+        done.stderr,
+    )
 
 
 def test_a_prompt_comes_from_the_command_line_a_file_or_standard_input(write, tmp_path, monkeypatch):
@@ -74,7 +81,7 @@ def test_several_samples_are_one_batch(write, finished, monkeypatch):
     assert re.findall(r"^--- (\d)$", done.stdout, re.MULTILINE) == ["1", "2", "3"]
     texts = re.split(r"^--- \d\n", done.stdout, flags=re.MULTILINE)[1:]
     assert all(text.startswith("3 times") for text in texts) and len(set(texts)) == 3
-    assert re.match(r"\d+ tokens in", done.stderr)
+    assert re.search(r"; \d+ new ones at", done.stderr)
     assert done.stdout == write("--prompt", "3 times", "--num_samples", 3, "--temperature", 1.2).stdout
 
 
@@ -122,3 +129,103 @@ def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
     columns = [[ord("o"), ord("x")], [ord("k"), eot], [eot, eot]]
     monkeypatch.setattr(Zaya, "stream", lambda self, *rest: iter([torch.tensor(column) for column in columns]))
     assert write("--prompt", "3 ", "--num_samples", 2).stdout == "--- 1\n3 ok\n--- 2\n3 x\n"
+
+
+def test_bytes_read_for_a_token():
+    """By hand for one token: every weight but the idle experts', once; and the keys and values of the text so far."""
+    config = replace(PRESETS["nano"], vocab_size=100, num_hidden_layers=2)
+    model, flags = Zaya(config), sample.SampleConfig(device="cpu")
+    speed = sample.Speed(model, flags, prompt_tokens=10)
+    speed.count = 20
+    idle = 15 * 2 * 3 * 256 * 256  # 15 of 16 experts, 2 layers, 3 matrices
+    cached = 20 * 2 * 2 * 1 * 32  # half-way: 20 positions, keys and values, 2 layers, one head of 32
+    assert speed.bytes_a_step() == 4 * (sum(p.numel() for p in model.parameters()) - idle + cached)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which expert each token went to
+
+
+def test_experts_are_those_that_wrote_the_text(finished):
+    """The choices shown are the ones that a forward over the text makes, layer by layer."""
+    model = Zaya.from_pretrained(finished.out)
+    ids = [1, 2, 3, 4, 5]
+    chosen, probability = sample.choices(model, ids)
+    assert chosen.shape == probability.shape == (2, 5)
+    x = []
+    handle = model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: x.append(args))
+    model(torch.tensor([ids]))
+    handle.remove()
+    p, choice, _, _ = model.layers[1].mlp.gate(*x[0])
+    assert choice.equal(chosen[1]) and torch.allclose(p, probability[1])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["colours", "NO_COLOR"])
+def test_show_experts_prints_the_text_a_legend_and_draws(write, tmp_path, monkeypatch, plain):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1" if plain else "")
+    done = write("--prompt", "3 times", "--show_experts", 1, "--temperature", 0)
+    text = write("--prompt", "3 times", "--temperature", 0).stdout
+    assert done.status == 0 and (tmp_path / "experts.png").stat().st_size > 5000
+    shown, legend = done.stdout.split("\nlayer 1: tokens of the text by expert\n")
+    assert re.sub(r"\[\d\]" if plain else r"\x1b\[[\d;]*m", "", shown).strip() == text.strip()
+    counts = [int(n) for n in re.findall(r"(?:expert +\d+|skipped) +(\d+)", legend)]
+    assert sum(counts) == 20
+
+
+def test_show_experts_of_a_layer_that_is_not_there(write):
+    done = write("--show_experts", 9)
+    assert done.status == 2 and len(done.lines) == 1
+    assert "--show_experts 9: no such layer of experts; layers are 0 to 1" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two checkpoints side by side
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dense") / "out"
+    assert command("train.py", *flags(**tiny, mlp="dense", out=out)).returncode == 0
+    return out
+
+
+def test_compare_shows_both_their_costs_and_texts(finished, dense, call, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("3 times 3 is 9 – and so on;\n" * 20, encoding="utf-8")
+    args = ("--device", "cpu", "--prompt", "3 times", "--max_new_tokens", 20, "--temperature", 0)
+    done = call(sample, "--compare", finished.out, dense, "--text", text, *args)
+    assert done.status == 0, done.stderr
+    table = {line.split("  ")[0].strip(): line.split()[-2:] for line in done.stdout.splitlines() if "  " in line}
+    for i, out in enumerate((finished.out, dense)):
+        model = Zaya.from_pretrained(out)
+        total, active = model.parameter_counts()
+        assert table["parameters"][i] == f"{total:,}" and table["active a token"][i] == f"{active:,}"
+        alone = call(sample, "--checkpoint", out, *args).stdout
+        column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[11:])
+        assert re.sub(r"\s", "", alone) in re.sub(r"\s", "", column)
+    assert all(2 < float(bits) < 12 for bits in table["bits a byte of --text"])
+
+
+def test_bits_a_byte_are_those_of_the_loss(finished):
+    """A text of one block: the loss times the tokens foretold, over their bytes."""
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
+    text = "3 times 3 is 9"
+    tokens = torch.tensor([writer.tokenizer.encode(text)])
+    loss = writer.model(tokens[:, :-1], tokens[:, 1:])[1].item()
+    assert sample.bits_a_byte(writer, text) == pytest.approx(loss / math.log(2), rel=1e-5)  # a byte a token
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--compare", "one"), "--compare takes two checkpoints, not 1"),
+        (("--text", "x"), "--text is what --compare measures"),
+        (("--gpu_hour", "0"), "--gpu_hour must be positive"),
+        (("--chat",), "has no chat template"),
+    ],
+    ids=str,
+)
+def test_misuse_ends_in_one_line(write, args, message):
+    done = write(*args)
+    assert done.status == 2 and len(done.lines) == 1 and message in done.stderr
