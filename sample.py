@@ -174,7 +174,7 @@ class Speed:
 
 def read_bandwidth(device):
     """Bytes that the device reads from memory in a second: the sum of a vector too large for any cache."""
-    x, best = torch.zeros(2**28 if device == "cuda" else 2**26, device=device), math.inf
+    x, best = torch.ones(2**28 if device == "cuda" else 2**26, device=device), math.inf
     for _ in range(4):
         start = time.perf_counter()
         x.sum().item()  # waits

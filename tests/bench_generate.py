@@ -1,22 +1,27 @@
-"""Text at batch 1, greedy, float32 on a CPU: tokens/s of zaya.py beside transformers' generate() on the same weights.
+"""Speed of text, greedy, with random weights.
 
-python tests/bench_generate.py [--rounds 5]
+python tests/bench_generate.py                      a CPU: tokens/s beside transformers' generate() on the same weights
+python tests/bench_generate.py --preset zaya1-8b    a GPU, bf16: tokens/s, GB/s, first token, and what context costs
 """
 
 import argparse
 import statistics
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from bench_transformers import CONFIG, both_models, seconds
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sample
+from zaya import PRESETS, Zaya
+
 PROMPT, NEW = 16, 100
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="texts of each (default: 5)")
-    rounds = parser.parse_args().rounds
+def beside_transformers(rounds):
+    """Batch 1, float32: both write the same text from the same weights, by turns."""
     config = replace(CONFIG, initializer_range=0.1)  # so that the text does not repeat itself
     ours, theirs = both_models(config)
     theirs.eval()
@@ -35,6 +40,106 @@ def main():
         print(f"{name:13}{NEW / statistics.median(taken):8.1f} tokens/s")
     ratio = statistics.median(b / a for a, b in zip(times["zaya.py"], times["transformers"]))
     print(f"{'ratio':13}{ratio:8.2f}, the same text: {texts[0].equal(texts[1])}")
+
+
+def random_weights(config, device, dtype):
+    """A model of that shape whose weights are drawn where they lie, so that no copy in fp32 is made first."""
+    with torch.device("meta"):
+        model = Zaya(config)
+    model.cast(dtype).to_empty(device=device)
+    for tensor in model.state_dict().values():
+        tensor.normal_(std=0.02)
+    for module in model.modules():
+        if hasattr(module, "balancing_biases"):
+            module.balancing_biases.fill_(0)[-1] = -1
+            module.counts.zero_()
+    return model
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def write(model, batch, prompt, new):
+    """The Speed of greedy texts after random prompts."""
+    device = model.head.device.type
+    flags = sample.SampleConfig(num_samples=batch, device=device, dtype=str(model.head.dtype).split(".")[1])
+    tokens = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
+    wait(device)
+    speed = sample.Speed(model, flags, prompt)
+    for count, _ in enumerate(model.stream(tokens, new, temperature=0), start=1):
+        if count in (1, 2, new):
+            wait(device)
+            speed.tick()
+        if count == 1:
+            first = speed.first - speed.started
+        if count == 2:  # the step of the second token may have been captured first, which does not count
+            speed.first = speed.now
+    speed.count = new - 1
+    rate = speed.tokens_per_s
+    return rate, first, speed.bytes_a_step() * rate / batch
+
+
+def after_context(model, batch, context, new):
+    """tokens/s after that many tokens of context, whose keys and values are random: nobody waits for their prefill."""
+    device = model.head.device.type
+    cache = model.new_cache(batch, context + new + 8)
+    for layer in cache.layers:
+        layer.k.normal_()
+        layer.v.normal_()
+    cache.end.fill_(context)
+    cache.grow(context)
+    with torch.no_grad():
+        step = model.decoder(cache, lambda hidden: model.logits(hidden).argmax(dim=-1))
+        token = step(torch.zeros(batch, dtype=torch.int64, device=device))
+        wait(device)
+
+        def decode():
+            nonlocal token
+            for _ in range(new):
+                token = step(token)
+            wait(device)
+
+        return batch * new / seconds(decode)
+
+
+def speeds(preset, device, contexts, new):
+    """Print the table of one preset."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = replace(PRESETS[preset], max_position_embeddings=2 * max(contexts))
+    model, top = random_weights(config, device, dtype), sample.read_bandwidth(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{preset}, {str(dtype)[6:]}, {name}, torch {torch.__version__}; reads {top / 1e9:,.0f} GB/s\n")
+    for batch in (1, 16):
+        write(model, batch, 16, 8)  # compiles
+        rate, _, read = write(model, batch, 16, new)
+        print(f"batch {batch:2}: {rate:9,.1f} tokens/s in all, {read / 1e9:,.0f} GB/s, {read / top:.0%} of bandwidth")
+    prompt = min(4096, max(contexts))
+    write(model, 1, prompt, 3)
+    first = min(write(model, 1, prompt, 3)[1] for _ in range(5))
+    print(f"first token after {prompt:,} of prompt: {1e3 * first:,.1f} ms\n")
+    print(f"{'tokens/s after a context of':30}" + "".join(f"{context:>10,}" for context in contexts))
+    del model
+    for label, changes in (("CCA", {}), ("MHA's cache, 8 times as large", {"attention": "mha"})):
+        model = random_weights(replace(config, **changes), device, dtype)
+        rates = [after_context(model, 1, context, new // 4) for context in contexts]
+        print(f"{label:30}" + "".join(f"{rate:10,.1f}" for rate in rates), flush=True)
+        del model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="texts of each beside transformers (default: 5)")
+    parser.add_argument("--preset", choices=PRESETS, help="measure this shape alone, on a GPU if there is one")
+    parser.add_argument("--contexts", default="1024,8192,32768,131072", help="(default: 1024,8192,32768,131072)")
+    parser.add_argument("--new", type=int, default=256, help="tokens to write (default: 256)")
+    args = parser.parse_args()
+    if args.preset:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        speeds(args.preset, device, [int(context) for context in args.contexts.split(",")], args.new)
+    else:
+        beside_transformers(args.rounds)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,8 @@ def test_foreign_tokenizer(tmp_path, monkeypatch):
 PLAIN = (  # as Gemma's
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role is not known to it') }}"
     "{% endif %}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim"
-    " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content']"
+    " | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
 
