@@ -110,7 +110,7 @@ class Writer:
         return ids
 
     def write(self, ids, show=None):
-        """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id): called as the first one grows."""
+        """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id) is called as the first grows."""
         config, eos = self.config, self.ends[-1] if self.ends else None
         torch.manual_seed(config.seed)
         tokens = torch.tensor([ids] * config.num_samples, device=config.device)

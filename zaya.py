@@ -50,7 +50,6 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-
 ZAYA1 = {"attention": "cca", "mlp": "moe", "cca_without": None, "router": "zaya", "residual_scaling": True}
 CCA_PARTS = ("depthwise", "grouped", "value_shift", "qk_mean")
 
@@ -92,50 +91,7 @@ class ZayaConfig:
     residual_scaling: bool = True  # or plain sums where attention and experts join the stream
 
     def __post_init__(self):
-        if self.layer_types is None:
-            self.layer_types = ["hybrid"] * self.num_hidden_layers
-        if self.attention == "mha" and self.head_dim:  # the conventional twin: no compression, a key head a query head
-            self.num_attention_heads = self.num_key_value_heads = self.hidden_size // self.head_dim
-        for name in [f.name for f in fields(self) if f.type is int]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 4:
-            raise ValueError(f"head_dim {self.head_dim} is not divisible by 4 (half of it is rotated in pairs)")
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
-            raise ValueError(
-                f"partial_rotary_factor {self.partial_rotary_factor} does not rotate an even number of channels"
-            )
-        if (
-            self.rope_theta <= 0
-            or self.sliding_rope_theta <= 0
-            or self.rms_norm_eps <= 0
-            or self.initializer_range <= 0
-        ):
-            raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {"hybrid", "hybrid_sliding"}:
-            raise ValueError(
-                f'layer_types must name {self.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"'
-            )
-        if "hybrid_sliding" in self.layer_types and (self.sliding_window or 0) < 1:
-            raise ValueError("sliding_window must be at least 1 where layer_types has hybrid_sliding")
-        if self.attention not in ("cca", "gqa", "mha") or self.mlp not in ("moe", "dense"):
-            raise ValueError(
-                f'attention is cca, gqa or mha and mlp is moe or dense, not "{self.attention}" and "{self.mlp}"'
-            )
-        self.cca_without = sorted(set(self.cca_without or [])) or None
-        if self.cca_without and (self.attention != "cca" or set(self.cca_without) - set(CCA_PARTS)):
-            raise ValueError(f"cca_without names parts of attention cca, of {', '.join(CCA_PARTS)}")
-        if "depthwise" in (self.cca_without or []):
-            self.cca_time0 = 1
-        if "grouped" in (self.cca_without or []):
-            self.cca_time1 = 1
-        if self.router not in ("zaya", "no_eda", "linear"):
-            raise ValueError(f'router is zaya, no_eda or linear, not "{self.router}"')
+        complete(self)
 
     @property
     def is_zaya1(self):  # and not something that it is compared with
@@ -150,60 +106,9 @@ class ZayaConfig:
         return (self.cca_time0 - 1) + (self.cca_time1 - 1)
 
 
-def replica(hidden_size, num_hidden_layers, head_dim, **changes):
-    """A ZAYA1 of another size in the official proportions: queries D / 2, keys D / 8, F = D, R = D / 8, 16 experts.
-
-    Fresh weights have the standard deviation D^-0.5, which at ZAYA1's width is its 0.02. For nano after 60 steps the
-    validation loss was 4.58 so and 4.66 with 0.02; for tiny Shakespeare (D = 128, 250 steps) 1.604 and 1.625.
-    """
-    return ZayaConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        head_dim=head_dim,
-        num_attention_heads=hidden_size // 2 // head_dim,
-        num_key_value_heads=hidden_size // 8 // head_dim,
-        moe_intermediate_size=hidden_size,
-        router_hidden_size=hidden_size // 8,
-        initializer_range=hidden_size**-0.5,
-        **{"vocab_size": 50257, "rope_theta": 1e4, "max_position_embeddings": 4096}
-        | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        | changes,
-    )
-
-
-PRESETS = {
-    # A laptop's CPU, minutes. In 180 s two layers reach 1.48 bits a byte, three 1.55: more tokens beat more layers.
-    "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
-    "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU, an hour
-    "small": replica(1024, 20, 128),  # one GPU, days; one node, a night
-    "medium": replica(2048, 20, 128),  # one node, weeks
-    "zaya1-8b": ZayaConfig(),
-}
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Eager PyTorch or Triton. All maths of this file is eager; a function marked @has_kernel has a faster twin of the same
-# name in kernels.py.
-
-KERNELS = ("auto", "triton", "eager")
-_kernels = "auto"
-
-
-def use_kernels(choice):
-    """From now on: "auto" (kernels on a GPU), "triton" (the same; says so where they cannot run, and takes Triton's
-    interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model calls this with its own choice."""
-    global _kernels
-    if choice not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
-    _kernels = choice
-
-
-def on_kernels(x):
-    """Whether kernels are wanted, and run where a tensor is."""
-    if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
-        return False
-    if triton_kernels is None:
-        return say_once("Triton is not installed: eager PyTorch is used")
-    return triton_kernels.can_run_on(x.device) or say_once(f"no kernels on {x.device}: eager PyTorch is used")
+# All maths of this file is eager PyTorch. A function marked @has_kernel has a faster twin of the same name in kernels.py,
+# in Triton.
 
 
 def has_kernel(eager):
@@ -221,18 +126,6 @@ def has_kernel(eager):
 
     return either
 
-
-def say_once(message, said=set()):  # noqa: B006 the set is to live on
-    """Print a message to stderr, the first time only. Returns False."""
-    if message not in said:
-        said.add(message)
-        print(f"zaya.py: {message}", file=sys.stderr)
-    return False
-
-
-# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets
-# this, too, but imports the whole compiler for it: every start would take a second longer.
-say_once._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Norms and rotary embedding. All of it in fp32, whatever the weights are [R].
@@ -357,13 +250,6 @@ def attend(q, k, v, window=None):
         mask = visible(S - T, S, 0, S, window, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
-
-
-@has_kernel
-def attend_past(q, k, v, length, window=None):
-    """The attention of one new token a text, q (B, 1, Hq, h), over the first `length` positions (an int32 tensor that
-    lies where q does) of a cache's k and v (B, max_len, Hk, h), of which it is the last -> (B, 1, Hq * h)."""
-    return attend(q, k[:, : int(length)], v[:, : int(length)], window)
 
 
 def visible(first_query, end_query, first_key, end_key, window, device):
@@ -556,19 +442,6 @@ def experts(x, gate_up, down, offsets):
 def combine(y, positions, probability):
     """Every token's result back from its row, times its probability (N). y (N, D) -> (N, D)."""
     return Permute.apply(y, positions) * probability[:, None].to(y.dtype)
-
-
-FEW_TOKENS = 16  # up to here, while decoding, each token's expert is read for it alone
-
-
-@has_kernel
-def experts_of_few(x, probability, choice, gate_up, down):
-    """dispatch, experts and combine for a few tokens, without a gradient: reads no expert that nobody chose."""
-    out = torch.empty_like(x)
-    for n, expert in enumerate(choice.tolist()):
-        gate, up = F.linear(x[n], gate_up[expert]).chunk(2)
-        out[n] = F.linear(F.silu(gate) * up, down[expert]) * probability[n]
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -942,6 +815,26 @@ def captured(step, cache):
         return after.clone()
 
     return replay
+
+
+@has_kernel
+def attend_past(q, k, v, length, window=None):
+    """The attention of one new token a text, q (B, 1, Hq, h), over the first `length` positions (an int32 tensor that
+    lies where q does) of a cache's k and v (B, max_len, Hk, h), of which it is the last -> (B, 1, Hq * h)."""
+    return attend(q, k[:, : int(length)], v[:, : int(length)], window)
+
+
+FEW_TOKENS = 16  # up to here, while decoding, each token's expert is read for it alone
+
+
+@has_kernel
+def experts_of_few(x, probability, choice, gate_up, down):
+    """dispatch, experts and combine for a few tokens, without a gradient: reads no expert that nobody chose."""
+    out = torch.empty_like(x)
+    for n, expert in enumerate(choice.tolist()):
+        gate, up = F.linear(x[n], gate_up[expert]).chunk(2)
+        out[n] = F.linear(F.silu(gate) * up, down[expert]) * probability[n]
+    return out
 
 
 class Decoder:
@@ -1438,6 +1331,123 @@ class LinearByOneDNN(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         return times(grad, weight.t()), times(grad.t(), x.t())
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eager PyTorch or Triton: which of them a function marked @has_kernel is to be
+
+KERNELS = ("auto", "triton", "eager")
+_kernels = "auto"
+
+
+def use_kernels(choice):
+    """From now on: "auto" (kernels on a GPU), "triton" (the same; says so where they cannot run, and takes Triton's
+    interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model calls this with its own choice."""
+    global _kernels
+    if choice not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
+    _kernels = choice
+
+
+def on_kernels(x):
+    """Whether kernels are wanted, and run where a tensor is."""
+    if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
+        return False
+    if triton_kernels is None:
+        return say_once("Triton is not installed: eager PyTorch is used")
+    return triton_kernels.can_run_on(x.device) or say_once(f"no kernels on {x.device}: eager PyTorch is used")
+
+
+def say_once(message, said=set()):  # noqa: B006 the set is to live on
+    """Print a message to stderr, the first time only. Returns False."""
+    if message not in said:
+        said.add(message)
+        print(f"zaya.py: {message}", file=sys.stderr)
+    return False
+
+
+# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets
+# this, too, but imports the whole compiler for it: every start would take a second longer.
+say_once._dynamo_marked_constant = True
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which configurations there are, and which there can be
+
+
+def complete(config):
+    """Fill in what follows from other fields of a ZayaConfig, and check them all: ValueError, in one line."""
+    if config.layer_types is None:
+        config.layer_types = ["hybrid"] * config.num_hidden_layers
+    if config.attention == "mha" and config.head_dim:  # the conventional twin: no compression, a key head a query head
+        config.num_attention_heads = config.num_key_value_heads = config.hidden_size // config.head_dim
+    for name in [f.name for f in fields(config) if f.type is int]:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.head_dim % 4:
+        raise ValueError(f"head_dim {config.head_dim} is not divisible by 4 (half of it is rotated in pairs)")
+    if not 0 < config.partial_rotary_factor <= 1 or config.rotary_dim % 2:
+        raise ValueError(
+            f"partial_rotary_factor {config.partial_rotary_factor} does not rotate an even number of channels"
+        )
+    if (
+        config.rope_theta <= 0
+        or config.sliding_rope_theta <= 0
+        or config.rms_norm_eps <= 0
+        or config.initializer_range <= 0
+    ):
+        raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
+    if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {"hybrid", "hybrid_sliding"}:
+        raise ValueError(f'layer_types must name {config.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"')
+    if "hybrid_sliding" in config.layer_types and (config.sliding_window or 0) < 1:
+        raise ValueError("sliding_window must be at least 1 where layer_types has hybrid_sliding")
+    if config.attention not in ("cca", "gqa", "mha") or config.mlp not in ("moe", "dense"):
+        raise ValueError(
+            f'attention is cca, gqa or mha and mlp is moe or dense, not "{config.attention}" and "{config.mlp}"'
+        )
+    config.cca_without = sorted(set(config.cca_without or [])) or None
+    if config.cca_without and (config.attention != "cca" or set(config.cca_without) - set(CCA_PARTS)):
+        raise ValueError(f"cca_without names parts of attention cca, of {', '.join(CCA_PARTS)}")
+    if "depthwise" in (config.cca_without or []):
+        config.cca_time0 = 1
+    if "grouped" in (config.cca_without or []):
+        config.cca_time1 = 1
+    if config.router not in ("zaya", "no_eda", "linear"):
+        raise ValueError(f'router is zaya, no_eda or linear, not "{config.router}"')
+
+
+def replica(hidden_size, num_hidden_layers, head_dim, **changes):
+    """A ZAYA1 of another size in the official proportions: queries D / 2, keys D / 8, F = D, R = D / 8, 16 experts.
+
+    Fresh weights have the standard deviation D^-0.5, which at ZAYA1's width is its 0.02. For nano after 60 steps the
+    validation loss was 4.58 so and 4.66 with 0.02; for tiny Shakespeare (D = 128, 250 steps) 1.604 and 1.625.
+    """
+    return ZayaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        head_dim=head_dim,
+        num_attention_heads=hidden_size // 2 // head_dim,
+        num_key_value_heads=hidden_size // 8 // head_dim,
+        moe_intermediate_size=hidden_size,
+        router_hidden_size=hidden_size // 8,
+        initializer_range=hidden_size**-0.5,
+        **{"vocab_size": 50257, "rope_theta": 1e4, "max_position_embeddings": 4096}
+        | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        | changes,
+    )
+
+
+PRESETS = {
+    # A laptop's CPU, minutes. In 180 s two layers reach 1.48 bits a byte, three 1.55: more tokens beat more layers.
+    "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
+    "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU, an hour
+    "small": replica(1024, 20, 128),  # one GPU, days; one node, a night
+    "medium": replica(2048, 20, 128),  # one node, weeks
+    "zaya1-8b": ZayaConfig(),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: config.json and safetensors, the formats of the official checkpoints

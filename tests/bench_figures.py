@@ -39,6 +39,7 @@ def costs(args):
         work.loglog(contexts, [flops / 1e9 for _, _, flops, _ in entries], "o-", label=name)
     memory.set(ylabel="GB of KV cache a text, bf16", title="memory")
     work.set(ylabel="GFLOP of a forward pass a token", title="work")
+    work.set_yticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
     for axis in (memory, work):
         axis.set(xlabel="tokens of context")
         axis.set_xticks(contexts, [f"{c // 1024}K" for c in contexts])
