@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags,
-    read_json, save_safetensors, stop_in_one_line,
+    read_json, save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -758,38 +758,44 @@ def plot(out):
 class Trials:
     """Runs that differ in their seeds alone, as one line of a table and one curve of a picture."""
 
-    def __init__(self, runs, logs):
+    def __init__(self, runs):
         self.name = os.path.commonprefix([run.resolve().name for run in runs]).rstrip("-_.") or runs[0].resolve().name
-        self.runs, self.flags = len(runs), read_json(runs[0] / "args.json")
-        every = sorted(set.intersection(*({e["step"] for e in log} for log in logs)))
-        self.logs = [[entry for entry in log if entry["step"] in set(every)] for log in logs]
+        logs, flags = [read_log(run) for run in runs], read_json(runs[0] / "args.json")
+        self.runs, self.active = len(runs), flags.get("active_parameters")
+        self.mtokens_a_step = flags["batch_size"] * flags["block_size"] / 1e6
+        common = set.intersection(*({e["step"] for e in log} for log in logs))
+        self.rows = list(
+            zip(*([e for e in log if e["step"] in common] for log in logs))
+        )  # a row a step, a run a column
+        self.last_loads = [[e for e in log if "load" in e][-1]["load"] for log in logs if any("load" in e for e in log)]
 
     def curve(self, what):
-        """(steps, values (runs, steps)) where every run has logged `what`."""
-        rows = [row for row in zip(*self.logs) if all(e.get(what) is not None for e in row)]
-        return np.array([row[0]["step"] for row in rows]), np.array([[e[what] for e in row] for row in rows], float).T
-
-    def tokens_a_step(self):
-        return self.flags["batch_size"] * self.flags["block_size"]
+        """(steps (n), values (n, runs)) where every run has logged `what`."""
+        rows = [row for row in self.rows if all(e.get(what) is not None for e in row)]
+        values = np.array([[e[what] for e in row] for row in rows], float).reshape(len(rows), self.runs)
+        return np.array([row[0]["step"] for row in rows]), values
 
     def ms_a_step(self):
         return float(np.median(self.curve("step_ms")[1]))
 
-    def at_end(self, what):
-        """Mean and standard deviation over the runs of the last value; None for what was not logged."""
-        last = self.curve(what)[1][:, -1:]
-        return (last.mean(), last.std(ddof=1) if self.runs > 1 else 0.0) if last.size else None
+    def at_end(self, what, digits, spread=False):
+        """The mean of the last values, and their standard deviation; nothing for what was not logged."""
+        _, values = self.curve(what)
+        if not len(values):
+            return ""
+        more = f" ± {values[-1].std(ddof=1):.{digits}f}" if spread and self.runs > 1 else ""
+        return f"{values[-1].mean():.{digits}f}{more}"
 
 
 def group_runs(runs):
-    """Trials of run directories, in their order. Raises FileNotFoundError or ValueError for what is no run."""
+    """Trials of run directories, in their order. Raises FileNotFoundError for what is no run."""
     groups = {}
     for run in runs:
         if not (run / "args.json").is_file() or not read_log(run):
             raise FileNotFoundError(f"--plot: {run} holds no run with a log")
         own = {name: value for name, value in read_json(run / "args.json").items() if name not in ("seed", "out")}
         groups.setdefault(json.dumps(own, sort_keys=True), []).append(run)
-    return [Trials(group, [read_log(run) for run in group]) for group in groups.values()]
+    return [Trials(group) for group in groups.values()]
 
 
 def compare(runs, out):
@@ -798,39 +804,43 @@ def compare(runs, out):
     trials = group_runs(runs)
     width = max(len(t.name) for t in trials)
     print(f"| {'run':{width}} | seeds | active | Mtokens | ms a step | validation loss | bits a byte | load entropy |")
-    print(f"|{'---|' * 8}")
+    print("|---" * 8 + "|")
     for t in trials:
-        loss, bits, entropy = (t.at_end(what) for what in ("val_loss", "val_bpb", "val_load_entropy"))
-        loss = f"{loss[0]:.4f} ± {loss[1]:.4f}" if loss else ""
-        last = max(e["step"] for e in t.logs[0])
+        active = f"{t.active:,}" if t.active else ""
         print(
-            f"| {t.name:{width}} | {t.runs} | {t.flags.get('active_parameters', 0):,} "
-            f"| {last * t.tokens_a_step() / 1e6:.2f} | {t.ms_a_step():.0f} | {loss} | {f'{bits[0]:.4f}' if bits else ''} "
-            f"| {f'{entropy[0]:.3f}' if entropy else ''} |"
+            f"| {t.name:{width}} | {t.runs} | {active} | {t.rows[-1][0]['step'] * t.mtokens_a_step:.2f} "
+            f"| {t.ms_a_step():.0f} | {t.at_end('val_loss', 4, spread=True)} | {t.at_end('val_bpb', 4)} "
+            f"| {t.at_end('val_load_entropy', 3)} |"
         )
+    out.mkdir(parents=True, exist_ok=True)
+    draw_together(trials, out / "compare.png")
+    print(f"picture: {out}/compare.png")
+
+
+def draw_together(trials, path):
+    """Validation loss against tokens and against time, load entropy, and the load of the experts at the end."""
     plt = pyplot()
     figure, ((by_tokens, by_time), (entropies, loads)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     colors = plt.get_cmap("tab10" if len(trials) <= 10 else "tab20").colors
     for t, color in zip(trials, colors * len(trials)):
         for axis, what, scale in (
-            (by_tokens, "val_loss", t.tokens_a_step() / 1e6),
+            (by_tokens, "val_loss", t.mtokens_a_step),
             (by_time, "val_loss", t.ms_a_step() / 1e3),
-            (entropies, "val_load_entropy", t.tokens_a_step() / 1e6),
+            (entropies, "val_load_entropy", t.mtokens_a_step),
         ):
             steps, values = t.curve(what)
             if len(steps):
-                axis.plot(steps * scale, values.mean(axis=0), color=color, label=t.name, linewidth=1.4)
-                axis.fill_between(steps * scale, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15)
-        shares = [np.array(log[-1]["load"], float) for log in t.logs if "load" in log[-1]]  # (L, E) each
-        if shares:
-            even = [np.sort(s / s.sum(axis=1, keepdims=True) * s.shape[1])[:, ::-1].mean(axis=0) for s in shares]
-            place = (np.arange(len(even[0])) + 0.5) / len(even[0])
-            loads.plot(place, np.mean(even, axis=0), ".-", color=color, linewidth=1.2)
-    final = [value for t in trials for value in t.curve("val_loss")[1][:, -1:].flatten()]
-    late = [value for t in trials for value in t.curve("val_loss")[1][:, len(t.curve("val_loss")[0]) // 4 :].flatten()]
-    if final:
+                axis.plot(steps * scale, values.mean(axis=1), color=color, label=t.name, linewidth=1.4)
+                axis.fill_between(steps * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
+        if t.last_loads:
+            share = np.array(t.last_loads, float)  # (runs, L, E)
+            share = np.sort(share / share.sum(axis=2, keepdims=True) * share.shape[2])[..., ::-1].mean(axis=(0, 1))
+            loads.plot((np.arange(len(share)) + 0.5) / len(share), share, ".-", color=color, linewidth=1.2)
+    losses = [t.curve("val_loss")[1] for t in trials if len(t.curve("val_loss")[1])]
+    if losses:  # what matters is the end, not the first fall
+        low, high = min(v.min() for v in losses), max(v[len(v) // 4 :].max() for v in losses)
         for axis in (by_tokens, by_time):
-            axis.set_ylim(min(final) - 0.02, max(max(late), max(final) + 0.1))
+            axis.set_ylim(low - 0.05 * (high - low + 0.01), high)
     by_tokens.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title="loss against tokens")
     by_time.set(xlabel="seconds of steps", ylabel="validation loss (nats a token)", title="loss against time")
     entropies.set(xlabel="million tokens", ylabel="load entropy (1: even)", title="load of the experts")
@@ -841,10 +851,8 @@ def compare(runs, out):
     for axis in (by_tokens, by_time, entropies, loads):
         axis.grid(alpha=0.3)
     by_tokens.legend(fontsize="small")
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "compare.png", dpi=80)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
-    print(f"picture: {out}/compare.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1078,6 +1086,7 @@ def main():
             entry["tflops"] = flops * entry["tokens_per_s"] / 1e12  # of one GPU
             entry["of_product"] = 1e12 * entry["tflops"] / product
             entry |= {"mfu": 1e12 * entry["tflops"] / peak} if peak else {}
+            entry |= {"watts": power} if (power := watts(device)) else {}
         if counts is not None:
             entry["load_entropy"] = load_entropy(counts[:, :-1].float())
             if step % load_every == 0 or config.log_every > 1:
@@ -1151,6 +1160,8 @@ def report_speed(clock, out):
         return
     middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
     mfu = f", MFU {np.median([e['mfu'] for e in entries]):.1%}" if "mfu" in entries[-1] else ""
+    if "watts" in entries[-1]:  # of this rank's GPU
+        mfu += f", {np.median([e['tflops'] / e['watts'] for e in entries]):.3g} TFLOP a joule"
     print(
         f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{mfu}, "
         f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"

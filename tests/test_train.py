@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, SHAPE, command, flags, log_of, what_was_learned
+from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, command, flags, log_of, what_was_learned
 
+import data.text.prepare
 import train
 import zaya
 from data.tokenizer import load_tokenizer
@@ -164,6 +165,24 @@ def test_balancing_evens_out_a_forced_imbalance():
         entropies.append(load_entropy(share))
         optimizer.balance.step(0.02 * (1 - step / 300), list(share - 1 / 4))
     assert np.mean(entropies[-20:]) > 0.75  # of a few dozen tokens; it began at 0
+
+
+def test_balancing_by_sign_moves_every_bias_by_its_rate():
+    """DeepSeek's way: up if the expert has too few tokens, down if too many, whatever came before."""
+    model, config = tiny_model(), TrainConfig(balancing="sign", balance_lr=0.01, warmup=0)
+    optimizer = Optimizer(model, config, torch.float32, ALONE)
+    load_of_model = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.24, 0.26, 0.25, 0.25]])
+    expected = torch.zeros(2, 4)
+    for _ in range(3):
+        optimizer.balance.step(0.01, list(load_of_model - 1 / 4))
+        expected -= 0.01 * (load_of_model - 1 / 4).sign()
+    found = torch.stack([router.balancing_biases[:-1] for router in model.routers])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_no_balancing_leaves_the_biases_alone():
+    optimizer = Optimizer(tiny_model(), TrainConfig(balancing="none"), torch.float32, ALONE)
+    assert optimizer.balance is None and not any(name.startswith("balance") for name in optimizer.state())
 
 
 def test_what_muon_and_what_adamw_moves():
@@ -384,6 +403,89 @@ def test_dense_and_conventional_twins_train_too(tiny, call, tmp_path):
         log = log_of(tmp_path / name)
         assert log[-1]["loss"] < log[0]["loss"] and "load_entropy" not in log[-1]
         assert not (tmp_path / name / "experts.png").exists()
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_data, tmp_path_factory):
+    """Another text in the same tokens."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 400, encoding="utf-8")
+    data.text.prepare.main(
+        [
+            str(folder / "text.txt"),
+            "--tokenizer",
+            str(tiny_data),
+            "--val_fraction",
+            "0.2",
+            "--out",
+            str(folder / "other"),
+        ]
+    )
+    return folder / "other"
+
+
+def test_later_data_is_the_second_half_of_the_steps(tiny, other_data, finished, call, tmp_path):
+    """The first three steps are the other run's; then loss and validation are the other text's, also after a resume."""
+    plan = {**tiny, "later_data": other_data}
+    assert call(train, *flags(**plan, out=tmp_path / "whole")).status == 0
+    whole, plain = log_of(tmp_path / "whole"), log_of(finished.out)
+    assert [e["loss"] for e in whole][:3] == [e["loss"] for e in plain][:3]
+    assert whole[2]["val_loss"] == plain[2]["val_loss"] and whole[3]["loss"] != plain[3]["loss"]
+    again = RUN | {"data": other_data, "block_size": 16, "init_from": tmp_path / "whole", "out": tmp_path / "new"}
+    said = call(train, *flags(**again, eval_only=True)).stdout
+    assert f"validation loss {whole[-1]['val_loss']:.4f}" in said
+    cut_short = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut_short)
+    shutil.rmtree(cut_short / "step-0000006")
+    assert call(train, "--out", cut_short, "--resume").status == 0
+    assert log_of(cut_short)[-1]["loss"] == whole[-1]["loss"]
+
+
+def test_later_data_of_other_tokens_is_refused(tiny, call, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abc " * 3000)
+    data.text.prepare.main(
+        [str(text), "--tokenizer", "chars", "--val_fraction", "0.2", "--out", str(tmp_path / "other")]
+    )
+    done = call(train, *flags(**tiny, out=tmp_path / "out"), "--later_data", tmp_path / "other")
+    assert done.status == 2 and len(done.lines) == 1 and "--tokenizer" in done.stderr
+
+
+def test_a_small_log_and_no_checkpoints(tiny, call, tmp_path):
+    """--log_every 4, evaluations at 3 and 6, and --keep 0."""
+    done = call(train, *flags(**tiny, out=tmp_path / "out", log_every=4, keep=0))
+    assert done.status == 0 and "sample.py" not in done.stdout
+    assert [e["step"] for e in log_of(tmp_path / "out")] == [3, 4, 6]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json", "log.jsonl", "loss.png", "experts.png"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs beside each other
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Two seeds of one run, and a dense one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, changes in {"moe-1": {}, "moe-2": {"seed": 2}, "dense": {"mlp": "dense"}}.items():
+        assert command("train.py", *flags(**tiny | changes, keep=0, out=folder / name)).returncode == 0
+    return folder
+
+
+def test_plot_prints_mean_and_spread_and_draws(runs, finished, call, tmp_path):
+    done = call(train, "--plot", runs / "moe-1", runs / "dense", runs / "moe-2", "--out", tmp_path)
+    assert done.status == 0 and (tmp_path / "compare.png").stat().st_size > 20_000
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    rows = {row[0]: dict(zip(table[0], row)) for row in table[2:]}
+    assert rows.keys() == {"moe", "dense"} and rows["moe"]["seeds"] == "2" and rows["dense"]["load entropy"] == ""
+    losses = [log_of(runs / name)[-1]["val_loss"] for name in ("moe-1", "moe-2")]
+    assert rows["moe"]["validation loss"] == f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
+    assert rows["moe"]["active"] == f"{Zaya.from_pretrained(finished.out).parameter_counts()[1]:,}"
+
+
+def test_plot_of_what_is_no_run(runs, call, tmp_path):
+    done = call(train, "--plot", runs / "moe-1", tmp_path, "--out", tmp_path)
+    assert done.status == 2 and len(done.lines) == 1 and "holds no run" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
