@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -624,19 +625,16 @@ def replace_folder(new, final):
     sync(final.parent)
 
 
-def save_checkpoint(out, step, optimizer, tokenizer, record, keep, ranks):
+def save_checkpoint(out, step, model, masters, state, tokenizer, record, keep):
     """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay.
 
-    All ranks give what they own, rank 0 writes. trainer.json has every file's size and SHA-256.
+    trainer.json has every file's size and SHA-256.
     """
     final = out / f"step-{step:07d}"
     new = out / f".{final.name}.partial"
-    masters, state = optimizer.masters(), optimizer.state()
-    if not ranks.first:
-        return final
     shutil.rmtree(new, ignore_errors=True)
     try:
-        optimizer.model.save_pretrained(new, masters)
+        model.save_pretrained(new, masters)
         tokenizer.save(new)
         save_safetensors(new / "trainer.safetensors", state)
         files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
@@ -650,6 +648,58 @@ def save_checkpoint(out, step, optimizer, tokenizer, record, keep, ranks):
     for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+class Saver:
+    """Saves checkpoints while training goes on, where the memory for a copy of what is to be saved is free."""
+
+    def __init__(self, out, optimizer, tokenizer, keep, ranks):
+        self.out, self.optimizer, self.tokenizer, self.keep, self.ranks = out, optimizer, tokenizer, keep, ranks
+        self.thread, self.error = None, None
+
+    def save(self, step, record, best):
+        """Save a step; as out/best, too, if it is. All ranks give what they own, rank 0 writes, once the last save is
+        done. Raises OSError if that failed."""
+        self.wait()
+        masters, state = self.optimizer.masters(), self.optimizer.state()
+        if not self.ranks.first:
+            return
+        size = sum(t.numel() * t.element_size() for tensors in (masters, state) for t in tensors.values())
+        if free_memory() < 2 * size:
+            self.write(step, masters, state, dict(record), best)
+            return self.check()
+        masters, state = ({name: t.detach().to("cpu", copy=True) for name, t in d.items()} for d in (masters, state))
+        self.thread = threading.Thread(target=self.write, args=(step, masters, state, dict(record), best))
+        self.thread.start()
+
+    def write(self, step, masters, state, record, best):
+        try:
+            model = self.optimizer.model
+            path = save_checkpoint(self.out, step, model, masters, state, self.tokenizer, record, self.keep)
+            if best:
+                mark_best(path)
+        except OSError as error:
+            self.error = error
+
+    def wait(self):
+        """Wait for a save that is being written. Raises OSError if it failed."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def check(self):
+        """Raises OSError if a save has failed."""
+        if self.error:
+            raise self.error
+
+
+def free_memory():
+    """Bytes of a host's memory that nobody uses; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError, OSError):
+        return 0
 
 
 def check(checkpoint):
@@ -1052,7 +1102,7 @@ def main():
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
-    saved_step = step if checkpoint else None
+    saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
     while step < config.steps:
         started = time.perf_counter()
@@ -1106,20 +1156,20 @@ def main():
                 log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
-            last = "no checkpoint yet"
-            if saved_step is not None:
-                last = f"{out}/step-{saved_step:07d} is the last good checkpoint"
+            saver.wait()
+            saved = sorted(out.glob("step-*[0-9]"))
+            last = f"{saved[-1]} is the last good checkpoint" if saved else "no checkpoint yet"
             bar.close()
             raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
         if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
-                path = save_checkpoint(out, step, optimizer, tokenizer, record, config.keep, ranks)
-            saved_step = step
-            if better and ranks.first:
-                mark_best(path)
+                saver.save(step, record, best=better)
+        saver.check()
         if stopping:
             break
+    with clock("checkpoints"):
+        saver.wait()
     bar.close()
     if ranks.first:
         report_speed(clock, out)
