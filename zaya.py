@@ -107,8 +107,8 @@ class ZayaConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All maths of this file is eager PyTorch. A function marked @has_kernel has a faster twin of the same name in kernels.py,
-# in Triton.
+# All maths of this file is eager PyTorch. A function marked @has_kernel has a twin in Triton, of the same name, in
+# kernels.py.
 
 
 def has_kernel(eager):
@@ -573,7 +573,9 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        return times_fp32(hidden.flatten(0, -2), self.head).unflatten(0, hidden.shape[:-1])
+        hidden, shape = hidden.flatten(0, -2), hidden.shape[:-1]
+        one_in_fp32 = len(hidden) == 1 and self.head.dtype == torch.float32
+        return (product if one_in_fp32 else times_fp32)(hidden, self.head).unflatten(0, shape)
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
@@ -832,8 +834,9 @@ def experts_of_few(x, probability, choice, gate_up, down):
     """dispatch, experts and combine for a few tokens, without a gradient: reads no expert that nobody chose."""
     out = torch.empty_like(x)
     for n, expert in enumerate(choice.tolist()):
-        gate, up = F.linear(x[n], gate_up[expert]).chunk(2)
-        out[n] = F.linear(F.silu(gate) * up, down[expert]) * probability[n]
+        row = slice(n, n + 1)
+        gate, up = product(x[row], gate_up[expert]).chunk(2, dim=1)
+        out[row] = product(F.silu(gate) * up, down[expert]) * probability[n]
     return out
 
 
@@ -856,7 +859,8 @@ class Decoder:
             cos, sin = (t[:, 0] for t in rotary_table(torch.arange(cache.max_len), config.rotary_dim, theta))
             rest = cos.new_zeros(len(cos), h - 2 * half)
             self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
-        norms = [layer.input_layernorm for layer in model.layers[1:]] + [model.norm]
+        norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
+        self.first_norm, *norms = norms
         self.layers = [DecoderLayer(config, *parts) for parts in zip(model.layers, cache.layers, norms)]
 
     @torch.inference_mode()
@@ -865,37 +869,61 @@ class Decoder:
         model, position = self.model, self.cache.length
         self.cache.advance(self.one)
         stream = (model.embed_tokens.weight[tokens] + model.input_hidden_states_bias) * model.input_hidden_states_scale
-        first, state = model.layers[0].input_layernorm, None
-        normed = rms_norm(stream, first.weight, first.eps)
+        normed, state = self.first_norm(stream), None
+        turns = {name: (cos[position], sin[position]) for name, (cos, sin) in self.rotary.items()}
         for layer, layer_type in zip(self.layers, model.config.layer_types):
-            cos, sin = self.rotary[layer_type]
-            out = layer.attention(normed, cos[position], sin[position], position)
+            out = layer.attention(normed, *turns[layer_type], position)
             stream, normed = layer.merge(stream, out, *layer.after_attention)
             out, state = layer.experts(normed, state)
             stream, normed = layer.merge(stream, out, *layer.after_experts)
         return normed
 
 
+class Product:
+    """x (B, in) times a weight (out, in), as fast as that comes from memory.
+
+    One row: MKL's product of a matrix and a vector uses one core, 79 us for 512 x 256 that come from memory, and oneDNN
+    takes 49. As a batch of 16 pieces of the matrix, each times the vector as a column, it is 29 on two cores; for
+    4096 x 256 it is 124, not 544 and 283. Below 2^15 numbers the plain product is the fastest.
+    """
+
+    def __init__(self, weight):
+        self.weight, (self.out, self.size) = weight, weight.shape
+        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
+        self.in_pieces = weight.view(self.pieces, -1, self.size)
+        self.by_onednn = ONEDNN and weight.numel() >= 2**17
+
+    def __call__(self, x):
+        if self.pieces > 1 and len(x) == 1:
+            return torch.bmm(self.in_pieces, x.t().expand(self.pieces, self.size, 1)).view(1, self.out)
+        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
+
+
 def product(x, weight):
-    """x (B, in) times weight (out, in). For one row MKL uses one core: 68 us for 512 x 256 that come from memory, where
-    oneDNN takes 40; below 2^17 numbers it is the other way round, 18 and 21 for 256 x 256."""
-    return by_onednn(x, weight) if ONEDNN and weight.numel() >= 2**17 else F.linear(x, weight)
+    """x (B, in) times weight (out, in) -> (B, out), for few rows and once."""
+    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
 
-def rms_norm(x, weight, eps):
-    """RMSNorm of (B, D) in 12 us; F.rms_norm takes 30."""
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * inverse).mul_(weight)
+class DecoderNorm:
+    """RMSNorm of (B, D) in five calls, none with a Python number: each of those costs a copy of its own."""
 
+    def __init__(self, norm):
+        size = len(norm.weight)
+        self.weight, self.eps = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps)
 
-def gelu(x):
-    """F.gelu, which sets more up than it computes for so few numbers."""
-    return torch.erf(x * 0.5**0.5).add_(1).mul_(0.5).mul_(x)
+    def __call__(self, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self.eps, length, length).rsqrt_()).mul_(self.weight)
 
 
 class DecoderLayer:
-    """A Block with all that does not depend on the token computed beforehand. cca's two convolutions are one here, of
-    P + 1 taps: the first scales channel i by w[i, a], the second mixes by W[b, i, o], tap a + b by their product."""
+    """A Block with all that does not depend on the token computed beforehand.
+
+    cca's two convolutions are one here, of P + 1 taps: the first scales channel i by w[i, a], the second mixes by
+    W[b, i, o], tap a + b by their product. GELU(x) = x / 2 (1 + erf(x / sqrt 2)) is (u + u erf u) / sqrt 2 with
+    u = x / sqrt 2, and both roots are in the weights before and after it.
+    """
 
     def __init__(self, config, block, cache, next_norm):
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
@@ -903,7 +931,10 @@ class DecoderLayer:
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         H, taps = self.Hq + self.Hk, config.past_columns + 1
         projections = part.q_proj, part.k_proj, part.v_proj_current, part.v_proj_delayed
-        self.project, self.o_proj = torch.cat([p.weight for p in projections]), attention.o_proj.weight
+        self.project, self.o_proj = (
+            Product(torch.cat([p.weight for p in projections])),
+            Product(attention.o_proj.weight),
+        )
         w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
         W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
         filters = w.new_zeros(H, taps, h, h)
@@ -914,68 +945,82 @@ class DecoderLayer:
         self.filters = filters.view(H, taps * h, h)
         bias = part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)
         self.bias = bias + part.conv_qk_grouped.bias.view(H, 1, h)
-        self.length = math.sqrt(h) * torch.cat([torch.ones(self.Hq), attention.qk_norm["temp"]])[:, None]
+        # sqrt(h) for a query, less the attention's 1 / sqrt(h); sqrt(h) * temp for a key.
+        self.length = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
+        self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
-        self.partner = torch.cat([torch.arange(half, 2 * half), torch.arange(half), torch.arange(2 * half, h)])
-        self.after_attention = self.merging(block.post_attention_residual_scale, block.post_attention_layernorm)
-        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
-        mlp = gate.router_mlp
-        self.down_proj, self.gamma = (
-            (gate.down_proj.weight, gate.down_proj.bias),
-            getattr(gate, "router_states_scale", None),
+        self.turning = half, half, h - 2 * half
+        self.after_attention = (
+            *self.merging(block.post_attention_residual_scale),
+            DecoderNorm(block.post_attention_layernorm),
         )
-        self.fc1, self.fc2 = (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
-        self.norm, self.classes = (mlp["norm"].weight, mlp["norm"].eps), mlp["out_proj"].weight
-        self.balancing_biases = gate.balancing_biases
-        self.gate_up, self.down = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+        self.after_experts = *self.merging(block.post_mlp_residual_scale), next_norm
+        mlp, root = gate.router_mlp, math.sqrt(0.5)
+        self.down_proj, self.norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
+        self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
+        self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
+        self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
+        self.classes = mlp["out_proj"].weight.t() * root
+        self.gate_up = [Product(weight) for weight in experts.gate_up_proj]
+        self.down = [Product(weight) for weight in experts.down_proj]
 
     @staticmethod
-    def merging(scale, norm):
+    def merging(scale):
         bias = scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale
-        return bias, scale.residual_scale, scale.hidden_states_scale, norm.weight, norm.eps
+        return bias, scale.residual_scale, scale.hidden_states_scale
 
     @staticmethod
-    def merge(stream, out, bias, s_r, s_o, weight, eps):
+    def merge(stream, out, bias, s_r, s_o, norm):
         stream = torch.addcmul(torch.addcmul(bias, stream, s_r), out, s_o)
-        return stream, rms_norm(stream, weight, eps)
+        return stream, norm(stream)
 
     def attention(self, normed, cos, sin, position):
         """normed (B, D), cos and sin (h) -> (B, D)."""
-        B, (H, _, h), cache = len(normed), self.filters.shape, self.cache
-        qk, v_now, v_late = product(normed, self.project).split([H * h, self.Hk * h // 2, self.Hk * h // 2], dim=1)
+        B, (H, _, h), cache, Hk = len(normed), self.filters.shape, self.cache, self.Hk
+        group = self.Hq // Hk
+        qk, v_now, v_late = self.project(normed).split([H * h, Hk * h // 2, Hk * h // 2], dim=1)
         columns = torch.cat([cache.columns, qk[:, None]], dim=1)  # (B, P + 1, C)
         cache.columns = columns[:, 1:]
         columns = columns.view(B, -1, H, h).permute(2, 0, 1, 3).reshape(H, B, -1)
         x = torch.baddbmm(self.bias, columns, self.filters).transpose(0, 1)  # (B, H, h)
-        q, k = qk.view(B, H, h).split([self.Hq, self.Hk], dim=1)
-        group = self.Hq // self.Hk
-        x[:, : self.Hq].unflatten(1, (self.Hk, group)).add_(k[:, :, None], alpha=0.5)  # the others' half of the mean
-        x[:, self.Hq :].add_(q.unflatten(1, (self.Hk, group)).mean(dim=2), alpha=0.5)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).eps)
+        q, k = qk.view(B, H, h).split([self.Hq, Hk], dim=1)
+        to_q, to_k = x.split([self.Hq, Hk], dim=1)
+        to_q.unflatten(1, (Hk, group)).add_(k[:, :, None], alpha=0.5)  # the others' half of the mean
+        to_k.add_(q.unflatten(1, (Hk, group)).sum(dim=2), alpha=0.5 / group)
+        norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
         x = x * (self.length / norm)
-        q, k = torch.addcmul(x * cos, x.index_select(2, self.partner), sin).split([self.Hq, self.Hk], dim=1)
-        v = torch.cat([v_now, cache.v_late[:, 0]], dim=1).view(B, self.Hk, h)
+        x1, x2, rest = x.split(self.turning, dim=2)
+        q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split([self.Hq, Hk], dim=1)
+        cache.k[:, position], cache.v[:, position] = k, torch.cat([v_now, cache.v_late[:, 0]], dim=1).view(B, Hk, h)
         cache.v_late = v_late[:, None]
-        cache.k[:, position], cache.v[:, position] = k, v
         seen = slice(max(0, position + 1 - (self.window or position + 1)), position + 1)
-        k, v = cache.k[:, seen].transpose(1, 2), cache.v[:, seen].transpose(1, 2)
-        out = F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
-        return product(out.reshape(B, -1), self.o_proj)
+        k, v = cache.k[:, seen].transpose(1, 2), cache.v[:, seen].transpose(1, 2)  # (B, Hk, S, h)
+        if B == 1:
+            scores = torch.bmm(q.view(Hk, group, h), k[0].mT)
+            out = torch.bmm(scores.softmax(dim=-1), v[0])
+        else:
+            out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
+        return self.o_proj(out.reshape(B, -1))
 
     def experts(self, normed, before):
         """normed (B, D), before: the last layer's router state (B, R) or None -> (B, D), state."""
-        state = F.linear(normed, *self.down_proj)
+        bias, weight = self.down_proj
+        state = torch.addmm(bias, normed, weight)
         state = state if before is None else torch.addcmul(state, before, self.gamma)
-        thought = gelu(F.linear(rms_norm(state, *self.norm), *self.fc1))
-        thought = gelu(F.linear(thought, *self.fc2))
-        probabilities = F.linear(thought, self.classes).softmax(dim=-1)
-        out = torch.zeros_like(normed)
-        for n, expert in enumerate((probabilities + self.balancing_biases).argmax(dim=-1).tolist()):
-            if expert < len(self.down):  # the skip class adds zero
-                row = slice(n, n + 1)
-                gate, up = product(normed[row], self.gate_up[expert]).chunk(2, dim=1)
-                out[row] = product(F.silu(gate).mul_(up), self.down[expert]).mul_(probabilities[n, expert])
-        return out, state
+        (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
+        u = torch.addmm(bias1, self.norm(state), weight1)
+        u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
+        probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
+        choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
+        rows = [self.expert(normed[n : n + 1], expert, probabilities[n]) for n, expert in enumerate(choices)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows), state
+
+    def expert(self, x, expert, probabilities):
+        """x (1, D) through its expert, times the probability of that."""
+        if expert == len(self.down):  # the skip class adds zero
+            return torch.zeros_like(x)
+        gate, up = self.gate_up[expert](x).chunk(2, dim=1)
+        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
 
 
 def sample(logits, temperature, top_k, top_p):

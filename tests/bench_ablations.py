@@ -179,19 +179,13 @@ def main():
         for _ in pool.map(lambda item: train_run(*item), work.items()):
             bar.update()
     for title, runs in (("equal tokens", equal_tokens), ("equal time", equal_time)):
-        if runs:
-            print(f"\n{args.table}, {title}:")
-            subprocess.run(
-                [
-                    sys.executable,
-                    ROOT / "train.py",
-                    "--out",
-                    args.out / "pictures" / f"{args.table}-{title.split()[1]}",
-                    "--plot",
-                    *runs,
-                ],
-                check=True,
-            )
+        if title == "equal time" and equal_time in ([], equal_tokens):
+            ratios = ", ".join(f"{row} {times[row]:.2f}" for row in rows)
+            print(f"\nno runs of equal time: a step takes, as a multiple of {rows[0]}'s, {ratios}")
+            continue
+        print(f"\n{args.table}, {title}:", flush=True)
+        pictures = args.out / "pictures" / f"{args.table}-{title.split()[1]}"
+        subprocess.run([sys.executable, ROOT / "train.py", "--out", pictures, "--plot", *runs], check=True)
 
 
 if __name__ == "__main__":
