@@ -1,15 +1,17 @@
 """What each idea buys: train small models that differ in one thing, and compare them.
 
-python tests/bench_ablations.py cca|attention|router|switch|scaling|dense|experts [--seeds 3] [--jobs 2]
+python tests/bench_ablations.py cca|attention|router|switch|scaling|dense|long|experts [--seeds 3] [--jobs 2]
 
 Every row is trained with every seed on the same tokens, its experts' width chosen so that all rows have the same active
 parameters; then once more, where its step takes another time than the first row's, for as many steps as fit that row's
-time. What --out already holds is not trained again: only the table and the picture are made.
+time. `switch` goes over to another text halfway; `long` has three times the steps. What --out already holds is not
+trained again: only the table and the picture are made.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from zaya import PRESETS, Zaya, ZayaConfig
 
+LATER_DATA = ROOT / "out-ablations" / "shakespeare"
 BASE = dict(
     hidden_size=128, num_hidden_layers=3, head_dim=16, num_attention_heads=4, num_key_value_heads=1,
     moe_intermediate_size=128, router_hidden_size=32, num_experts=8,
@@ -55,7 +58,7 @@ ROWS = {  # flags that differ from BASE
     "unbalanced": dict(balancing="none"),
     "no_scaling": dict(residual_scaling=0),
     "dense": dict(mlp="dense"),
-} | {f"{n}_experts": dict(num_experts=n) for n in (1, 2, 4, 16, 32, 64)}
+} | {f"{n}_experts": dict(num_experts=n) for n in (1, 4, 16, 64)}
 TABLES = {
     "cca": ["zaya", "bare", "one_convolution", "two_convolutions", "and_value_shift", "no_convolutions",
             "no_value_shift"],
@@ -64,7 +67,8 @@ TABLES = {
     "switch": ["zaya", "no_eda", "linear", "sign", "unbalanced"],
     "scaling": ["zaya", "no_scaling"],
     "dense": ["zaya", "dense"],
-    "experts": ["zaya", *(f"{n}_experts" for n in (1, 2, 4, 16, 32, 64))],
+    "long": ["zaya", "dense", "unbalanced"],
+    "experts": ["zaya", *(f"{n}_experts" for n in (1, 4, 16, 64))],
 }  # fmt: skip
 
 
@@ -118,10 +122,14 @@ def step_times(rows, rounds=25):
     return {row: statistics.median(a / b for a, b in zip(times[2:], first[2:])) for row, times in taken.items()}
 
 
+def finished(out, flags):
+    """Whether --out holds that run already."""
+    return (out / "log.jsonl").exists() and train.read_log(out)[-1]["step"] == flags["steps"]
+
+
 def train_run(out, flags):
-    """One run of train.py in --out, on one core, unless it is there."""
-    if (out / "log.jsonl").exists() and train.read_log(out)[-1]["step"] == flags["steps"]:
-        return
+    """One run of train.py, on one core. Of what it leaves, the log and the flags are kept."""
+    shutil.rmtree(out, ignore_errors=True)
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "train.py", "--out", os.path.relpath(out, ROOT), *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -131,14 +139,47 @@ def train_run(out, flags):
         picture.unlink()
 
 
-def later_data(copy):
-    """A folder with tiny Shakespeare in the tokens of data/stdlib."""
-    folder = ROOT / "out-ablations" / "shakespeare"
-    if not (folder / "meta.json").exists():
+def prepare_later_data(copy):
+    """Tiny Shakespeare in the tokens of data/stdlib, from a copy or the network."""
+    if not (LATER_DATA / "meta.json").exists():
         file = ["--file", copy] if copy else []
         prepare = [sys.executable, ROOT / "data" / "shakespeare" / "prepare.py", *file]
-        subprocess.run([*prepare, "--tokenizer", ROOT / "data" / "stdlib", "--out", folder], check=True)
-    return folder.relative_to(ROOT)
+        subprocess.run([*prepare, "--tokenizer", ROOT / "data" / "stdlib", "--out", LATER_DATA], check=True)
+
+
+def plan(table, out, seeds, times):
+    """{row: ([run directories of equal tokens], [those of equal time])} and {run directory: its flags}."""
+    extra = {}
+    if table == "switch":
+        extra = {"later_data": LATER_DATA.relative_to(ROOT), "eval_every": 10, "log_every": 10}
+    if table == "long":
+        extra = {"steps": 3 * RUN["steps"], "eval_every": 60, "log_every": 60}
+    prefix, runs, flags = f"{table}-" if extra else "", {}, {}
+    for seed in range(1, seeds + 1):
+        for row in TABLES[table]:
+            equal_tokens, equal_time = runs.setdefault(row, ([], []))
+            run = out / f"{prefix}{row}-{seed}"
+            flags[run] = RUN | shape_of(row) | extra | {"seed": seed}
+            equal_tokens.append(run)
+            if extra:
+                continue
+            if abs(times[row] - 1) > 0.1:
+                run = out / f"{row}.time-{seed}"
+                flags[run] = RUN | shape_of(row) | {"seed": seed, "steps": round(RUN["steps"] / times[row] / 5) * 5}
+            equal_time.append(run)
+    return runs, flags
+
+
+def lines(runs, times):
+    """The lines of a table."""
+    yield "| row | active | time of a step | loss, equal tokens | loss, equal time | load entropy |"
+    yield "|---|---|---|---|---|---|"
+    for row, columns in runs.items():
+        tokens, timed = (train.Trials(column) if column else None for column in columns)
+        loss = tokens.at_end("val_loss", 4, spread=True)
+        in_time = "" if timed is None else "same" if columns[0] == columns[1] else timed.at_end("val_loss", 4, True)
+        entropy = tokens.at_end("val_load_entropy", 3)
+        yield f"| {row} | {tokens.active:,} | {times[row]:.2f} | {loss} | {in_time} | {entropy} |"
 
 
 def main():
@@ -149,43 +190,25 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "ablations", help="default: assets/ablations")
     parser.add_argument("--shakespeare", type=Path, help="a copy of tiny Shakespeare for `switch`, else downloaded")
     args = parser.parse_args()
-    train.open_data("stdlib", train.Ranks("cpu"))
-    rows, extra = TABLES[args.table], {}
-    if args.table == "switch":
-        extra = {"later_data": later_data(args.shakespeare), "eval_every": 10, "log_every": 10}
-    prefix = "switch-" if args.table == "switch" else ""
-
+    rows, file = TABLES[args.table], args.out / "times.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "times.json"
     times = json.loads(file.read_text()) if file.exists() else {}
     if set(rows) - set(times):
         times |= step_times(rows)
         file.write_text(json.dumps(times, indent=1) + "\n")
-
-    equal_tokens, equal_time, work = [], [], {}
-    for seed in range(1, args.seeds + 1):
-        for row in rows:
-            flags = RUN | shape_of(row) | extra | {"seed": seed}
-            out = args.out / f"{prefix}{row}-{seed}"
-            equal_tokens.append(out)
-            work[out] = flags
-            if args.table == "switch":
-                continue
-            if abs(times[row] - 1) > 0.1:
-                out = args.out / f"{row}.time-{seed}"
-                work[out] = flags | {"steps": round(RUN["steps"] / times[row] / 5) * 5}
-            equal_time.append(out)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(work), unit="run", disable=None) as bar:
-        for _ in pool.map(lambda item: train_run(*item), work.items()):
+    runs, flags = plan(args.table, args.out, args.seeds, times)
+    missing = {run: flags[run] for run in flags if not finished(run, flags[run])}
+    if missing:
+        train.open_data("stdlib", train.Ranks("cpu"))
+        if args.table == "switch":
+            prepare_later_data(args.shakespeare)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", disable=None) as bar:
+        for _ in pool.map(lambda item: train_run(*item), missing.items()):
             bar.update()
-    for title, runs in (("equal tokens", equal_tokens), ("equal time", equal_time)):
-        if title == "equal time" and equal_time in ([], equal_tokens):
-            ratios = ", ".join(f"{row} {times[row]:.2f}" for row in rows)
-            print(f"\nno runs of equal time: a step takes, as a multiple of {rows[0]}'s, {ratios}")
-            continue
-        print(f"\n{args.table}, {title}:", flush=True)
-        pictures = args.out / "pictures" / f"{args.table}-{title.split()[1]}"
-        subprocess.run([sys.executable, ROOT / "train.py", "--out", pictures, "--plot", *runs], check=True)
+    print("\n".join(lines(runs, times)))
+    picture = args.out / f"{args.table}.png"
+    train.draw_together([train.Trials(equal_tokens) for equal_tokens, _ in runs.values()], picture)
+    print(f"picture: {picture}")
 
 
 if __name__ == "__main__":
