@@ -817,6 +817,7 @@ class Trials:
         self.rows = list(
             zip(*([e for e in log if e["step"] in common] for log in logs))
         )  # a row a step, a run a column
+        self.ms_a_step = float(np.median(self.curve("step_ms")[1]))
         self.last_loads = [[e for e in log if "load" in e][-1]["load"] for log in logs if any("load" in e for e in log)]
 
     def curve(self, what):
@@ -824,9 +825,6 @@ class Trials:
         rows = [row for row in self.rows if all(e.get(what) is not None for e in row)]
         values = np.array([[e[what] for e in row] for row in rows], float).reshape(len(rows), self.runs)
         return np.array([row[0]["step"] for row in rows]), values
-
-    def ms_a_step(self):
-        return float(np.median(self.curve("step_ms")[1]))
 
     def at_end(self, what, digits, spread=False):
         """The mean of the last values, and their standard deviation; nothing for what was not logged."""
@@ -859,7 +857,7 @@ def compare(runs, out):
         active = f"{t.active:,}" if t.active else ""
         print(
             f"| {t.name:{width}} | {t.runs} | {active} | {t.rows[-1][0]['step'] * t.mtokens_a_step:.2f} "
-            f"| {t.ms_a_step():.0f} | {t.at_end('val_loss', 4, spread=True)} | {t.at_end('val_bpb', 4)} "
+            f"| {t.ms_a_step:.0f} | {t.at_end('val_loss', 4, spread=True)} | {t.at_end('val_bpb', 4)} "
             f"| {t.at_end('val_load_entropy', 3)} |"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -875,7 +873,7 @@ def draw_together(trials, path):
     for t, color in zip(trials, colors * len(trials)):
         for axis, what, scale in (
             (by_tokens, "val_loss", t.mtokens_a_step),
-            (by_time, "val_loss", t.ms_a_step() / 1e3),
+            (by_time, "val_loss", t.ms_a_step / 1e3),
             (entropies, "val_load_entropy", t.mtokens_a_step),
         ):
             steps, values = t.curve(what)

@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return Normalize.apply(x.float(), self.weight, self.eps)
+        return normalize(x.float(), self.weight, self.eps)
 
 
 def rotary_table(positions, rotary_dim, theta):
@@ -364,7 +364,7 @@ def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
     state = r.float()
     if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading with depth
         state = state + before * gamma
-    thought = F.gelu(linear(Normalize.apply(state, norm, eps), *fc1))
+    thought = F.gelu(linear(normalize(state, norm, eps), *fc1))
     thought = F.gelu(linear(thought, *fc2))
     # fp32: in bf16 a tenth of the tokens would see ties between experts.
     return *choose(linear(thought, out).float().softmax(dim=-1), balancing_biases), state
@@ -469,7 +469,7 @@ class ResidualScaling(nn.Module):
 def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
     """(stream + b_r) * s_r + (out + b_o) * s_o in fp32; and that through RMSNorm, in out's dtype."""
     stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)
-    return stream, Normalize.apply(stream, weight, eps).to(out.dtype)
+    return stream, normalize(stream, weight, eps).to(out.dtype)
 
 
 class Block(nn.Module):
@@ -842,7 +842,7 @@ def experts_of_few(x, probability, choice, gate_up, down):
 
 class Decoder:
     """Decoding on a CPU in float32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a
-    layer, for each costs microseconds there whatever it does. Goes on with a cache that has read the prompt."""
+    layer, for each costs microseconds there whatever it does. Takes over from a cache that has read the prompt."""
 
     @staticmethod
     def suits(model):
@@ -852,8 +852,9 @@ class Decoder:
 
     def __init__(self, model, cache):
         config, h = model.config, model.config.head_dim
-        self.model, self.cache, half = model, cache, config.rotary_dim // 2
-        self.one = torch.zeros(1, dtype=torch.int64)
+        self.cache, half = cache, config.rotary_dim // 2
+        self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
+        self.bias = model.input_hidden_states_bias * self.scale
         self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
         for layer_type, theta in (("hybrid", config.rope_theta), ("hybrid_sliding", config.sliding_rope_theta)):
             cos, sin = (t[:, 0] for t in rotary_table(torch.arange(cache.max_len), config.rotary_dim, theta))
@@ -861,18 +862,19 @@ class Decoder:
             self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
         norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
         self.first_norm, *norms = norms
-        self.layers = [DecoderLayer(config, *parts) for parts in zip(model.layers, cache.layers, norms)]
+        parts = zip(model.layers, cache.layers, norms, config.layer_types)
+        self.layers = [DecoderLayer(config, *part) for part in parts]
 
     @torch.inference_mode()
     def step(self, tokens):
         """tokens (B) -> what the LM head sees (B, D)."""
-        model, position = self.model, self.cache.length
-        self.cache.advance(self.one)
-        stream = (model.embed_tokens.weight[tokens] + model.input_hidden_states_bias) * model.input_hidden_states_scale
+        position = self.cache.length
+        self.cache.grow(1)
+        stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
         normed, state = self.first_norm(stream), None
         turns = {name: (cos[position], sin[position]) for name, (cos, sin) in self.rotary.items()}
-        for layer, layer_type in zip(self.layers, model.config.layer_types):
-            out = layer.attention(normed, *turns[layer_type], position)
+        for layer in self.layers:
+            out = layer.attention(normed, *turns[layer.layer_type], position)
             stream, normed = layer.merge(stream, out, *layer.after_attention)
             out, state = layer.experts(normed, state)
             stream, normed = layer.merge(stream, out, *layer.after_experts)
@@ -895,7 +897,8 @@ class Product:
 
     def __call__(self, x):
         if self.pieces > 1 and len(x) == 1:
-            return torch.bmm(self.in_pieces, x.t().expand(self.pieces, self.size, 1)).view(1, self.out)
+            column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
+            return torch.bmm(self.in_pieces, column).view(1, self.out)
         return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
 
 
@@ -921,15 +924,21 @@ class DecoderLayer:
     """A Block with all that does not depend on the token computed beforehand.
 
     cca's two convolutions are one here, of P + 1 taps: the first scales channel i by w[i, a], the second mixes by
-    W[b, i, o], tap a + b by their product. GELU(x) = x / 2 (1 + erf(x / sqrt 2)) is (u + u erf u) / sqrt 2 with
-    u = x / sqrt 2, and both roots are in the weights before and after it.
+    W[b, i, o], tap a + b by their product; and the q-k mean is a product over the heads. GELU(x), which is
+    x / 2 (1 + erf(x / sqrt 2)), is (u + u erf u) / sqrt 2 with u = x / sqrt 2: the roots are in the weights around it.
     """
 
-    def __init__(self, config, block, cache, next_norm):
+    def __init__(self, config, block, cache, next_norm, layer_type):
+        self.layer_type = layer_type
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
-        self.cache, self.window, part = cache, attention.window, attention.qkv_proj
+        self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        H, taps = self.Hq + self.Hk, config.past_columns + 1
+        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_columns + 1
+        self.columns = cache.columns.view(B, -1, H, h).permute(
+            2, 0, 1, 3
+        )  # (H, B, P, h), cca's past; and its v_before:
+        self.v_late = cache.v_late[:, 0]
+        self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         projections = part.q_proj, part.k_proj, part.v_proj_current, part.v_proj_delayed
         self.project, self.o_proj = (
             Product(torch.cat([p.weight for p in projections])),
@@ -941,10 +950,11 @@ class DecoderLayer:
         for a in range(w.shape[3]):
             for b in range(W.shape[3]):
                 filters[:, a + b] += w[..., a] * W[..., b]
-        filters[:, -1] += 0.5 * torch.eye(h)  # a head's own half of the q-k mean
         self.filters = filters.view(H, taps * h, h)
-        bias = part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)
-        self.bias = bias + part.conv_qk_grouped.bias.view(H, 1, h)
+        bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
+        self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
+        mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
+        self.mean = mean.mT.expand(B, H, H)
         # sqrt(h) for a query, less the attention's 1 / sqrt(h); sqrt(h) * temp for a key.
         self.length = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
@@ -976,30 +986,26 @@ class DecoderLayer:
 
     def attention(self, normed, cos, sin, position):
         """normed (B, D), cos and sin (h) -> (B, D)."""
-        B, (H, _, h), cache, Hk = len(normed), self.filters.shape, self.cache, self.Hk
-        group = self.Hq // Hk
+        B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
         qk, v_now, v_late = self.project(normed).split([H * h, Hk * h // 2, Hk * h // 2], dim=1)
-        columns = torch.cat([cache.columns, qk[:, None]], dim=1)  # (B, P + 1, C)
-        cache.columns = columns[:, 1:]
-        columns = columns.view(B, -1, H, h).permute(2, 0, 1, 3).reshape(H, B, -1)
-        x = torch.baddbmm(self.bias, columns, self.filters).transpose(0, 1)  # (B, H, h)
-        q, k = qk.view(B, H, h).split([self.Hq, Hk], dim=1)
-        to_q, to_k = x.split([self.Hq, Hk], dim=1)
-        to_q.unflatten(1, (Hk, group)).add_(k[:, :, None], alpha=0.5)  # the others' half of the mean
-        to_k.add_(q.unflatten(1, (Hk, group)).sum(dim=2), alpha=0.5 / group)
+        qk = qk.view(B, H, h)
+        mean = torch.baddbmm(self.bias, self.mean, qk)
+        columns = torch.cat([self.columns, qk.transpose(0, 1)[:, :, None]], dim=2)  # (H, B, P + 1, h)
+        self.columns = columns[:, :, 1:]
+        x = torch.baddbmm(mean.transpose(0, 1), columns.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
         norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
         x = x * (self.length / norm)
         x1, x2, rest = x.split(self.turning, dim=2)
         q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split([self.Hq, Hk], dim=1)
-        cache.k[:, position], cache.v[:, position] = k, torch.cat([v_now, cache.v_late[:, 0]], dim=1).view(B, Hk, h)
-        cache.v_late = v_late[:, None]
-        seen = slice(max(0, position + 1 - (self.window or position + 1)), position + 1)
-        k, v = cache.k[:, seen].transpose(1, 2), cache.v[:, seen].transpose(1, 2)  # (B, Hk, S, h)
-        if B == 1:
-            scores = torch.bmm(q.view(Hk, group, h), k[0].mT)
-            out = torch.bmm(scores.softmax(dim=-1), v[0])
-        else:
+        self.k.select(2, position).copy_(k)
+        self.v.select(2, position).copy_(torch.cat([v_now, self.v_late], dim=1).view(B, Hk, h))
+        self.v_late = v_late
+        first = max(0, position + 1 - (self.window or position + 1))
+        k, v = self.k[:, :, first : position + 1], self.v[:, :, first : position + 1]
+        if B > 1:
             out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
+        else:
+            out = torch.bmm(torch.bmm(q.view(Hk, -1, h), k[0].mT).softmax(dim=-1), v[0])
         return self.o_proj(out.reshape(B, -1))
 
     def experts(self, normed, before):
@@ -1012,7 +1018,7 @@ class DecoderLayer:
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
         probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
         choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
-        rows = [self.expert(normed[n : n + 1], expert, probabilities[n]) for n, expert in enumerate(choices)]
+        rows = [self.expert(*row) for row in zip(normed.split(1), choices, probabilities)]
         return rows[0] if len(rows) == 1 else torch.cat(rows), state
 
     def expert(self, x, expert, probabilities):
@@ -1147,7 +1153,7 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# Skip this section on a first reading. linear, grouped_linear and Permute are what their names say; Normalize is
+# Skip this section on a first reading. linear, grouped_linear and Permute are what their names say; normalize is
 # RMSNorm's formula; LinearCrossEntropy is F.cross_entropy of the LM head's logits; attend_in_blocks is attend, and
 # ExpertsOnCPU the permute, experts and combine of MixtureOfExperts.
 
@@ -1156,7 +1162,8 @@ def linear(x, weight, bias=None):
     """x (..., in) times weight (out, in), plus bias, in the weight's dtype: here fp32 becomes the compute dtype."""
     x = x.to(weight.dtype)
     if takes_onednn(x):
-        y = LinearByOneDNN.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        by = LinearByOneDNN.apply if torch.is_grad_enabled() else times
+        y = by(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
@@ -1265,6 +1272,13 @@ def attend_in_blocks(q, k, v, window, size=128):
         scores = torch.baddbmm(bias, queries, k[:, first:last].mT, alpha=1 / math.sqrt(h))
         out.append((scores.softmax(dim=-1) @ v[:, first:last]).view(B, Hq, end - start, h))
     return torch.cat(out, dim=2).transpose(1, 2).flatten(2)
+
+
+def normalize(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    if torch.is_grad_enabled():
+        return Normalize.apply(x, weight, eps)
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).mul_(weight)
 
 
 class Normalize(torch.autograd.Function):

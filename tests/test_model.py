@@ -764,8 +764,8 @@ def test_the_decoder_computes_what_the_model_does(changes, batch, skipping):
         for position in range(3, 20):
             expected = model.hidden_states(tokens[:, position : position + 1], plain)[:, 0]
             torch.testing.assert_close(decoder.step(tokens[:, position]), expected, rtol=1e-4, atol=1e-4)
-        for ours, theirs in zip(fast.layers, plain.layers):  # and leaves the cache as the model would
-            for name in ("k", "v", "columns", "v_late"):
+        for ours, theirs in zip(fast.layers, plain.layers):  # and fills the cache as the model would
+            for name in ("k", "v"):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)
 
 
