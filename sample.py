@@ -138,13 +138,16 @@ class Speed:
         self.now, self.count = time.perf_counter(), self.count + 1
         if self.count == 1:
             self.first = self.now
+        if self.count == 2:
+            self.second = self.now
 
     @property
     def tokens_per_s(self):
-        """Of all texts, from the second token on: those are decoded one by one."""
-        if self.count == 1:
-            return self.config.num_samples / (self.now - self.started)
-        return self.config.num_samples * (self.count - 1) / (self.now - self.first)
+        """Of all texts, from the third token on: the first one is the prompt's, and before the second decoding is made
+        ready. Of fewer tokens, all."""
+        if self.count < 3:
+            return self.config.num_samples * self.count / (self.now - self.started)
+        return self.config.num_samples * (self.count - 2) / (self.now - self.second)
 
     def bytes_a_step(self):
         """All weights but those of idle experts (with even routing), and keys and values half-way through the text."""
@@ -161,13 +164,12 @@ class Speed:
 
     def report(self):
         """One line."""
-        device, rate = self.config.device, self.tokens_per_s
+        device, rate, power = self.config.device, self.tokens_per_s, watts(self.config.device)
         line = f"{self.prompt_tokens} prompt tokens, the first new one after {1e3 * (self.first - self.started):.0f} ms"
         line += f"; {self.count * self.config.num_samples} new ones at {rate:.1f} tokens/s"
-        if self.count > 1:
+        if self.count > 2:
             read, top = self.bytes_a_step() * rate / self.config.num_samples, read_bandwidth(device)
             line += f", {read / 1e9:.3g} GB/s read, {read / top:.0%} of the {top / 1e9:.3g} GB/s to be had"
-        power = watts(device)
         line += f", {rate / power:.3g} tokens a joule" if power else ""
         return f"{line}; {device}, {self.config.dtype}"
 

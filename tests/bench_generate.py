@@ -72,13 +72,9 @@ def write(model, batch, prompt, new):
         if count in (1, 2, new):
             wait(device)
             speed.tick()
-        if count == 1:
-            first = speed.first - speed.started
-        if count == 2:  # the step of the second token may have been captured first, which does not count
-            speed.first = speed.now
-    speed.count = new - 1
+    speed.count = new
     rate = speed.tokens_per_s
-    return rate, first, speed.bytes_a_step() * rate / batch
+    return rate, speed.first - speed.started, speed.bytes_a_step() * rate / batch
 
 
 def after_context(model, batch, context, new):

@@ -1,7 +1,9 @@
 """What the README promises: its commands exist, its flags are known, its table is what `python zaya.py` prints."""
 
+import json
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, command
@@ -59,3 +61,19 @@ def test_the_project_speaks_of_itself_alone():
     assert len(files) > 15
     machine = re.compile(r"/(?:root|home|work|tmp)/\w")  # a path of somebody's machine
     assert [path.name for path in files if machine.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_tables_of_ablations_are_what_their_logs_say():
+    """As the command under which each stands prints them, from the logs that are kept."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import bench_ablations as ablations
+
+    logs = ROOT / "assets" / "ablations"
+    times = json.loads((logs / "times.json").read_text())
+    tables = re.findall(r"^python tests/bench_ablations\.py (\w+)$", CODE, re.MULTILINE)
+    assert set(tables) == set(ablations.TABLES)
+    for table in tables:
+        runs, flags = ablations.plan(table, logs, 3, times)
+        assert all(ablations.finished(run, flags[run]) for run in flags), table
+        for line in ablations.lines(runs, times):
+            assert line in README, (table, line)
