@@ -4,13 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -537,6 +539,46 @@ def test_a_step_with_kernels_can_be_captured(changes):
     assert [tensor.data_ptr() for tensor in cache.state()] == places
     assert cache.end.item() == cache.length == 7
     zaya.use_kernels("auto")
+
+
+def test_a_captured_step_writes_the_same_text(monkeypatch):
+    """With a graph that does what CUDA's does: what is captured is not run, and replayed it runs in the same buffers."""
+    model, tokens = random_model(), random_tokens(2, 5)
+    with torch.no_grad():
+        cache = model.new_cache(2, 20)
+        first = model.hidden_states(tokens, cache)[:, -1]
+        calls = []
+
+        def step(token):
+            out = model.logits(model.hidden_states(token[:, None], cache)[:, -1]).argmax(dim=-1)
+            calls.append((token, out))
+            return out
+
+        class Graph:
+            def replay(self):
+                token, out = calls[-1]  # the captured call's buffers
+                out.copy_(step(token))
+                calls.pop()
+                cache.grow(-1)  # a replay runs no Python
+
+        @contextmanager
+        def capturing(graph):
+            before = [tensor.clone() for tensor in cache.state()]
+            yield
+            for tensor, value in zip(cache.state(), before):
+                tensor.copy_(value)
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nullcontext()}
+        for name, fake in (fakes | {"CUDAGraph": Graph, "graph": capturing}).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        after = zaya.captured(step, cache)
+        token, text = model.logits(first).argmax(dim=-1), []
+        for _ in range(12):
+            text.append(token)
+            token = after(token)
+    assert cache.length == cache.end.item() == 5 + 12
+    assert torch.stack(text, dim=1).equal(model.generate(tokens, 12, temperature=0)[:, 5:])
 
 
 def test_conventional_twin_has_a_key_head_for_every_query_head():
