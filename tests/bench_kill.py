@@ -1,0 +1,97 @@
+"""Kill -9 one or all of two ranks at random moments, half of them inside a save; go on with --resume; compare the end
+with an undisturbed run's, bit for bit.
+
+python tests/bench_kill.py [--kills 30]
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, flags
+from tqdm import tqdm
+
+from data.tokenizer import sha256
+
+START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+PLAN = SHAPE | RUN | dict(steps=300, save_every=3, eval_every=50, data="stdlib")
+
+
+def start(out, *more):
+    """train.py on two ranks, in the background."""
+    words = map(str, [*START, *flags(**PLAN, out=out), *more])
+    return subprocess.Popen([*words], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def ranks_of(launcher):
+    """The process ids of what torchrun started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def is_saving(out):
+    return any(out.glob(".*.partial"))
+
+
+def kill(launcher, out, random):
+    """Kill one rank or both, in a save or anywhere -> whether it was in a save; None if the run had ended before."""
+    time.sleep(random.uniform(0, 6))
+    if random.random() < 0.5:
+        patience = time.monotonic() + 3
+        while not is_saving(out) and time.monotonic() < patience:
+            pass
+    if launcher.poll() is not None:
+        return None
+    saving, victims = is_saving(out), ranks_of(launcher)
+    for pid in victims if random.random() < 0.5 else victims[:1]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return saving
+
+
+def end_of(out):
+    """What a finished run has learned: the hashes of its last checkpoint's tensors."""
+    last = out / f"step-{PLAN['steps']:07d}"
+    return [sha256(last / name) for name in ("model.safetensors", "trainer.safetensors")] if last.exists() else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30, help="(default: 30)")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
+    args = parser.parse_args()
+    dice, kills, saves, runs, same = random.Random(args.seed), 0, 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, unit="kill") as bar:
+        undisturbed = Path(folder, "undisturbed")
+        start(undisturbed).communicate()
+        while kills < args.kills:
+            out, runs = Path(folder, f"run-{runs}"), runs + 1
+            launcher = start(out)
+            while launcher and kills < args.kills:  # until it ends by itself, or has been killed often enough
+                while not (out / "log.jsonl").exists() and launcher.poll() is None:
+                    time.sleep(0.05)
+                saving = kill(launcher, out, dice)
+                launcher.communicate()
+                if saving is None:
+                    launcher = None
+                    break
+                kills, saves = kills + 1, saves + saving
+                bar.update()
+                launcher = start(out, "--resume")
+            if launcher:
+                launcher.communicate()
+            same += end_of(out) is not None and end_of(out) == end_of(undisturbed)
+    print(f"{kills} kills, {saves} of them in a save, in {runs} runs: {same} ended with the undisturbed run's tensors")
+    sys.exit(same != runs)
+
+
+if __name__ == "__main__":
+    main()
