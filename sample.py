@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer
-from zaya import KERNELS, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line, token_costs, watts
+from zaya import KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line, token_costs, watts
 
 
 @dataclass
@@ -35,7 +35,7 @@ class SampleConfig:
     top_p: float | None = None  # choose among the fewest tokens that hold this much probability
     seed: int = 1  # the same seed, the same text
     num_samples: int = 1  # texts, all in one batch
-    show_experts: int | None = None  # print each token in the colour of its expert in this layer; experts.png has more
+    show_experts: int | None = None  # print each token in the colour of its expert in this layer; draw experts.png
     compare: list[str] | None = None  # two checkpoints instead of --checkpoint: same prompt and seed, side by side
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
@@ -65,6 +65,8 @@ class SampleConfig:
             raise ValueError(f"--compare takes two checkpoints, not {len(self.compare)}")
         if self.text is not None and self.compare is None:
             raise ValueError("--text is what --compare measures its checkpoints on")
+        if self.show_experts is not None and (self.compare is not None or self.num_samples > 1):
+            raise ValueError("--show_experts shows one text: not with --compare, nor with --num_samples above 1")
         self.device = choose_device(self.device)
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device == "cuda" else "float32"
@@ -95,7 +97,7 @@ class Writer:
         model = self.model.config
         if self.config.chat:
             ids, end = self.tokenizer.turns(prompt)
-            self.ends.append(end)
+            self.ends += [end] if end is not None else []
         else:
             ids = self.tokenizer.encode(prompt)
         if model.bos_token_id is not None:
@@ -114,40 +116,49 @@ class Writer:
         config, eos = self.config, self.ends[-1] if self.ends else None
         torch.manual_seed(config.seed)
         tokens = torch.tensor([ids] * config.num_samples, device=config.device)
-        new, speed = [], Speed(self.model, config, len(ids))
-        for token in self.model.stream(
+        rows, open_rows = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
+        speed = Speed(self.model, config, len(ids))
+        for column in self.model.stream(
             tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eos
         ):
-            new.append(token.tolist())
-            speed.tick()
-            if show and new[-1][0] not in self.ends:
-                show(new[-1][0])
-        ends = [next((i for i, token in enumerate(row) if token in self.ends), len(row)) for row in zip(*new)]
-        return [list(row[:end]) for row, end in zip(zip(*new), ends)], speed
+            column = column.tolist()
+            open_rows -= {i for i in open_rows if column[i] in self.ends}
+            speed.tick(len(open_rows))
+            for i in open_rows:
+                rows[i].append(column[i])
+            if show and 0 in open_rows:
+                show(column[0])
+            if not open_rows:
+                break
+        return rows, speed
 
 
 class Speed:
     """How fast a text came, and what memory it took to be read for it."""
 
     def __init__(self, model, config, prompt_tokens):
-        self.model, self.config, self.prompt_tokens, self.count = model, config, prompt_tokens, 0
+        self.model, self.config, self.prompt_tokens, self.count, self.kept = model, config, prompt_tokens, 0, 0
         self.started = self.now = time.perf_counter()
 
-    def tick(self):
-        """A token has come for every text."""
-        self.now, self.count = time.perf_counter(), self.count + 1
+    def tick(self, kept):
+        """A token has come for every text; so many of them are no filling after a text's end."""
+        self.now, self.count, self.kept = time.perf_counter(), self.count + 1, self.kept + kept
         if self.count == 1:
             self.first = self.now
         if self.count == 2:
-            self.second = self.now
+            self.second, self.early = self.now, self.kept
 
     @property
     def tokens_per_s(self):
         """Of all texts, from the third token on: the first one is the prompt's, and before the second decoding is made
         ready. Of fewer tokens, all."""
         if self.count < 3:
-            return self.config.num_samples * self.count / (self.now - self.started)
-        return self.config.num_samples * (self.count - 2) / (self.now - self.second)
+            return self.kept / (self.now - self.started)
+        return (self.kept - self.early) / (self.now - self.second)
+
+    @property
+    def steps_per_s(self):
+        return (self.count - 2) / (self.now - self.second)
 
     def bytes_a_step(self):
         """All weights but those of idle experts (with even routing), and keys and values half-way through the text."""
@@ -166,9 +177,9 @@ class Speed:
         """One line."""
         device, rate, power = self.config.device, self.tokens_per_s, watts(self.config.device)
         line = f"{self.prompt_tokens} prompt tokens, the first new one after {1e3 * (self.first - self.started):.0f} ms"
-        line += f"; {self.count * self.config.num_samples} new ones at {rate:.1f} tokens/s"
+        line += f"; {self.kept} new ones at {rate:.1f} tokens/s"
         if self.count > 2:
-            read, top = self.bytes_a_step() * rate / self.config.num_samples, read_bandwidth(device)
+            read, top = self.bytes_a_step() * self.steps_per_s, read_bandwidth(device)
             line += f", {read / 1e9:.3g} GB/s read, {read / top:.0%} of the {top / 1e9:.3g} GB/s to be had"
         line += f", {rate / power:.3g} tokens a joule" if power else ""
         return f"{line}; {device}, {self.config.dtype}"
@@ -223,16 +234,16 @@ def choices(model, ids):
     return tuple(torch.cat(part, dim=1) for part in zip(*parts))
 
 
-def color(expert, experts):
+def color(expert):
     """(red, green, blue), 0 to 1: neighbours far apart in hue, none too dark or too bright for either background."""
     return hsv_to_rgb(expert * 0.618 % 1, 0.65, 0.85 if expert % 2 else 0.7)
 
 
-def in_color(text, expert, experts):
+def in_color(text, expert):
     """text for a terminal, in the expert's colour; NO_COLOR in the environment: followed by the expert's number."""
     if os.environ.get("NO_COLOR"):
         return f"{text}[{expert}]"
-    red, green, blue = (round(255 * part) for part in color(expert, experts))
+    red, green, blue = (round(255 * part) for part in color(expert))
     return f"\x1b[38;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
@@ -242,18 +253,31 @@ def show_experts(writer, ids, new, layer):
     chosen, probability = choices(model, ids + new)
     start = len(ids)  # of what was written
     experts = model.config.num_experts
-    pieces = [tokenizer.decode([token]) for token in new]
+    pieces = pieces_of(tokenizer, new)
     of_layer = chosen[layer, start:].tolist()
-    print("".join(in_color(piece, expert, experts) for piece, expert in zip(pieces, of_layer)))
+    print("".join(in_color(piece, expert) for piece, expert in zip(pieces, of_layer)))
     print(f"\nlayer {layer}: tokens of the text by expert")
     for expert in range(experts + 1):
         own = [piece for piece, choice in zip(pieces, of_layer) if choice == expert]
         if own:
             often = sorted(set(own), key=own.count, reverse=True)[:8]
             name = f"expert {expert:2}" if expert < experts else "skipped  "
-            print(in_color(f"{name} {len(own):4}", expert, experts) + "  " + " ".join(repr(piece) for piece in often))
+            print(in_color(f"{name} {len(own):4}", expert) + "  " + " ".join(repr(piece) for piece in often))
+    if not pieces:
+        return
     draw_experts(pieces, chosen[:, start:], probability[:, start:], experts, Path("experts.png"))
     print("picture: experts.png")
+
+
+def pieces_of(tokenizer, ids):
+    """The text that each token adds to those before it: a character belongs to the token that completes it."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        text = text.rstrip("\ufffd") if end < len(ids) else text
+        pieces.append(text[len(shown) :])
+        shown = max(shown, text, key=len)
+    return pieces
 
 
 def draw_experts(pieces, chosen, probability, experts, path):
@@ -311,14 +335,16 @@ def compare(config, prompt):
         ids = writer.ids(prompt)
         rows, speed = writer.write(ids)
         c = writer.model.config
+        switches = [f"{name} {getattr(c, name)}" for name, value in ZAYA1.items() if getattr(c, name) != value]
         total, active, flops, kv_bytes = token_costs(c, len(ids) + config.max_new_tokens)
         facts.append({
             "": path,
             "architecture": f"{c.attention}, {'dense' if c.mlp == 'dense' else f'{c.num_experts} experts'}",
+            "unlike ZAYA1": ", ".join(switches) or "in nothing",
             "parameters": f"{total:,}",
             "active a token": f"{active:,}",
             "MFLOP a token": f"{flops / 1e6:,.1f}",
-            "KV-cache bytes a token": f"{kv_bytes:,}",
+            "KV-cache bytes a token, bf16": f"{kv_bytes:,}",
             "tokens/s": f"{speed.tokens_per_s:,.1f}",
             f"$ a million tokens (${config.gpu_hour:g} an hour)":
                 f"{1e6 / speed.tokens_per_s / 3600 * config.gpu_hour:.2f}",
@@ -330,7 +356,8 @@ def compare(config, prompt):
         print(f"{name:{label}}  {facts[0][name]:>24}  {facts[1][name]:>24}")
     for a, b in zip(*columns):
         print(f"\n{config.compare[0]:{width}} | {config.compare[1]}\n{'-' * width}-+-{'-' * width}")
-        for left, right in zip_longest(folded(prompt + a, width), folded(prompt + b, width), fillvalue=""):
+        start = "" if config.chat else prompt
+        for left, right in zip_longest(folded(start + a, width), folded(start + b, width), fillvalue=""):
             print(f"{left:{width}} | {right}")
 
 
@@ -351,21 +378,20 @@ def main():
         raise ValueError(
             f"--show_experts {config.show_experts}: no such layer of experts; layers are 0 to {layers - 1}"
         )
-    ids, printer = writer.ids(prompt), Printer(writer.tokenizer)
+    ids, printer, start = writer.ids(prompt), Printer(writer.tokenizer), "" if config.chat else prompt
     streaming = config.num_samples == 1 and config.show_experts is None
-    if streaming and not config.chat:
-        sys.stdout.write(prompt)
+    if streaming:
+        sys.stdout.write(start)
     texts, speed = writer.write(ids, printer.add if streaming else None)
     if streaming:
         printer.finish()
         print()
-    for i, row in enumerate([] if streaming else texts, start=1):
-        print(f"--- {i}" if config.num_samples > 1 else "", end="\n" if config.num_samples > 1 else "")
-        if config.show_experts is not None:
-            sys.stdout.write("" if config.chat else prompt)
-            show_experts(writer, ids, row, config.show_experts)
-        else:
-            print(("" if config.chat else prompt) + writer.tokenizer.decode(row))
+    elif config.show_experts is not None:
+        sys.stdout.write(start)
+        show_experts(writer, ids, texts[0], config.show_experts)
+    else:
+        for i, row in enumerate(texts, start=1):
+            print(f"--- {i}\n{start}{writer.tokenizer.decode(row)}")
     print(speed.report(), file=sys.stderr)
 
 

@@ -17,6 +17,7 @@ Shapes, one letter each:
   B batch         T time (tokens)          S time with the cache's past    N = B * T
   D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
   L layers        E experts                F expert width                  R router width      V vocabulary
+  P past columns, the tokens before the current one that CCA's convolutions see
 """
 
 import argparse
@@ -392,7 +393,8 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Top-1 routing without a capacity limit: no token is dropped, and every shape is static."""
+    """Top-1 routing without a capacity limit (others cap the tokens that an expert may get, and drop the rest): every
+    token is served. On a GPU every shape is static."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -519,7 +521,8 @@ class Zaya(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """Matrices N(0, initializer_range), the router's N(0, 1 / fan-in), biases 0; norms, scales, temperatures 1.
+        """Matrices N(0, initializer_range), the router's N(0, 1 / fan-in), their biases 0; norms, scales, temperatures
+        1; the convolutions as nn.Conv1d has them.
 
         Tiny Shakespeare, 8 experts, 120 steps: with the router's at initializer_range, too, its probabilities are all
         alike, the balancing bias alone decides, and the loss is 2.00; so it is 1.80 (at equal balancing).
@@ -605,8 +608,7 @@ class Zaya(nn.Module):
 
         context = self.config.max_position_embeddings
         cache = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens))
-        token = pick(self.hidden_states(tokens[:, -context:], cache)[:, -1])
-        after = self.decoder(cache, pick)
+        token, next_token = pick(self.hidden_states(tokens[:, -context:], cache)[:, -1]), None
         ended, new = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), []
         for count in range(1, max_new_tokens + 1):
             if eos_token_id is not None:
@@ -619,15 +621,16 @@ class Zaya(nn.Module):
             if count == max_new_tokens or (look and ended.all()):
                 return
             if cache.length < cache.max_len:
-                token = after(token)
+                next_token = next_token or self.decoder(cache, pick)
+                token = next_token(token)
             else:  # the context is full: read its second half again, as the beginning of a new one
                 tokens, new = torch.cat([tokens, torch.stack(new, dim=1)], dim=1)[:, -max(1, context // 2) :], []
                 cache = self.new_cache(len(tokens), context)
-                token = pick(self.hidden_states(tokens, cache)[:, -1])
-                after = self.decoder(cache, pick)
+                token, next_token = pick(self.hidden_states(tokens, cache)[:, -1]), None
 
     def decoder(self, cache, pick):
         """The fastest function here from a token (B) to the next, which pick chooses of what the LM head sees."""
+        use_kernels(self.kernels)
         if Decoder.suits(self):
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
@@ -662,8 +665,10 @@ class Zaya(nn.Module):
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config_to_json(self.config), indent=2) + "\n")
-        save_safetensors(path / "model.safetensors", official_names(state or self.state_dict()))
+        state = state or self.state_dict()
+        dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
+        (path / "config.json").write_text(json.dumps(config_to_json(self.config, dtype), indent=2) + "\n")
+        save_safetensors(path / "model.safetensors", official_names(state))
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, kernels="auto"):
@@ -893,13 +898,13 @@ class Product:
         self.weight, (self.out, self.size) = weight, weight.shape
         self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
         self.in_pieces = weight.view(self.pieces, -1, self.size)
-        self.by_onednn = ONEDNN and weight.numel() >= 2**17
+        self.takes_onednn = ONEDNN and weight.numel() >= 2**17
 
     def __call__(self, x):
         if self.pieces > 1 and len(x) == 1:
             column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
             return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
+        return by_onednn(x, self.weight) if self.takes_onednn else F.linear(x, self.weight)
 
 
 def product(x, weight):
@@ -934,16 +939,12 @@ class DecoderLayer:
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_columns + 1
-        self.columns = cache.columns.view(B, -1, H, h).permute(
-            2, 0, 1, 3
-        )  # (H, B, P, h), cca's past; and its v_before:
-        self.v_late = cache.v_late[:, 0]
+        # cca's past (H, B, P, h) and its v_before
+        self.columns, self.v_late = cache.columns.view(B, -1, H, h).permute(2, 0, 1, 3), cache.v_late[:, 0]
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         projections = part.q_proj, part.k_proj, part.v_proj_current, part.v_proj_delayed
-        self.project, self.o_proj = (
-            Product(torch.cat([p.weight for p in projections])),
-            Product(attention.o_proj.weight),
-        )
+        self.project = Product(torch.cat([p.weight for p in projections]))
+        self.o_proj = Product(attention.o_proj.weight)
         w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
         W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
         filters = w.new_zeros(H, taps, h, h)
@@ -1031,7 +1032,7 @@ class DecoderLayer:
 
 def sample(logits, temperature, top_k, top_p):
     """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
-    if temperature == 0:
+    if temperature < 1e-45:  # the smallest number that fp32 has
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
     if top_k is not None:
@@ -1155,7 +1156,7 @@ class DenseMLP(nn.Module):
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
 # Skip this section on a first reading. linear, grouped_linear and Permute are what their names say; normalize is
 # RMSNorm's formula; LinearCrossEntropy is F.cross_entropy of the LM head's logits; attend_in_blocks is attend, and
-# ExpertsOnCPU the permute, experts and combine of MixtureOfExperts.
+# ExpertsOnCPU the dispatch, experts and combine of MixtureOfExperts.
 
 
 def linear(x, weight, bias=None):
@@ -1348,8 +1349,8 @@ def times(a, b, out=None):
     """a @ b.T of two matrices. In fp32 on a CPU oneDNN is a little faster than MKL, PyTorch's own choice, but it copies
     an a that is transposed."""
     if takes_onednn(a) and a.numel() > 0 and (a.is_contiguous() or mkl_is_slow()):
-        product = by_onednn(a, b)
-        return product if out is None else out.copy_(product)
+        y = by_onednn(a, b)
+        return y if out is None else out.copy_(y)
     return torch.mm(a, b.t(), out=out)
 
 
@@ -1370,9 +1371,9 @@ def mkl_is_slow():
     """Whether MKL leaves half of this CPU unused: on Zen 5 oneDNN is twice as fast as it, elsewhere hardly faster."""
     a, b, best = torch.ones(512, 256), torch.ones(256, 256), [math.inf, math.inf]
     for _ in range(10):
-        for i, product in enumerate((F.linear, by_onednn)):
+        for i, way in enumerate((F.linear, by_onednn)):
             start = time.perf_counter()
-            product(a, b)
+            way(a, b)
             best[i] = min(best[i], time.perf_counter() - start)
     return best[0] > 1.4 * best[1]
 
@@ -1474,7 +1475,7 @@ def complete(config):
         config.cca_time0 = 1
     if "grouped" in (config.cca_without or []):
         config.cca_time1 = 1
-    if config.router not in ("zaya", "no_eda", "linear"):
+    if config.router not in ROUTERS:
         raise ValueError(f'router is zaya, no_eda or linear, not "{config.router}"')
 
 
@@ -1517,7 +1518,7 @@ def official_names(state):
     return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
 
 
-def config_to_json(config):
+def config_to_json(config, dtype="float32"):
     """The official config.json. What is not a ZAYA1 says so, lest `transformers` misread it."""
     values = asdict(config)
     full, sliding, factor = (values.pop(name) for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"))
@@ -1526,7 +1527,7 @@ def config_to_json(config):
     return {
         "architectures": ["ZayaForCausalLM"] if config.is_zaya1 else ["Zaya"],
         "model_type": "zaya" if config.is_zaya1 else "nanozaya",
-        "dtype": "float32",
+        "dtype": dtype,
         "hidden_act": "silu",
         "num_experts_per_tok": 1,
         **values,
@@ -1539,6 +1540,8 @@ def config_to_json(config):
 
 def config_from_json(values):
     """A ZayaConfig from config.json. Raises ValueError for a model that this file cannot compute."""
+    if not isinstance(values, dict):
+        raise ValueError("config.json holds no object")
     if values.get("model_type") not in ("zaya", "nanozaya"):
         raise ValueError(f'config.json is of a model of type "{values.get("model_type")}", not "zaya"')
     fixed = {"hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False}
@@ -1547,6 +1550,11 @@ def config_from_json(values):
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
     if "moe_router_topk" in values or "zaya_layers" in values:
         return legacy_config(values)
+    for field in fields(ZayaConfig):
+        kinds = get_args(field.type) or (field.type,)
+        if field.name in values and kinds[0] in (int, str) and not isinstance(values[field.name], kinds):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"config.json has {field.name} = {values[field.name]}, which is no {wanted}")
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
@@ -1770,7 +1778,7 @@ def parse_flags(description, *classes):
             flag = {"nargs": "?", "const": True} if bool in kinds else {"nargs": "+"} if list[str] in kinds else {}
             group.add_argument(
                 f"--{field.name}", type=reader(field.type), default=argparse.SUPPRESS,
-                metavar=field.name.rsplit("_")[-1].upper(), help=f"{comment} (default: {field.default})", **flag,
+                metavar=field.name.split("_")[-1].upper(), help=f"{comment} (default: {field.default})", **flag,
             )  # fmt: skip
     given = vars(parser.parse_args())
     for name, value in given.items():
@@ -1822,7 +1830,8 @@ def token_costs(config, context):
     # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return total, active, 2 * (active + config.vocab_size * config.hidden_size) + attention, kv_bytes
+    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0  # else it is active already
+    return total, active, 2 * (active + head) + attention, kv_bytes
 
 
 @dataclass
@@ -1850,7 +1859,7 @@ def cost_table():
     print(f"{'':26}{'':>15}{'a token':>14}{'a token':>9}{'a token':>10}{'to train on':>15}")
     for name, config in configs.items():
         twins = {name: config, "  dense twin": replace(config, mlp="dense")}
-        twins["  conventional twin"] = replace(config, mlp="dense", attention="mha")
+        twins["  conventional twin"] = replace(config, mlp="dense", attention="mha", cca_without=None)
         for label, twin in twins.items():
             total, active, flops, kv_bytes = token_costs(twin, flags.context)
             dollars = 3 * flops * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour

@@ -71,10 +71,9 @@ def write(model, batch, prompt, new):
     for count, _ in enumerate(model.stream(tokens, new, temperature=0), start=1):
         if count in (1, 2, new):
             wait(device)
-            speed.tick()
-    speed.count = new
-    rate = speed.tokens_per_s
-    return rate, speed.first - speed.started, speed.bytes_a_step() * rate / batch
+            speed.tick(batch)
+    speed.count, speed.kept = new, new * batch
+    return speed.tokens_per_s, speed.first - speed.started, speed.bytes_a_step() * speed.steps_per_s
 
 
 def after_context(model, batch, context, new):

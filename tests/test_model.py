@@ -398,6 +398,31 @@ def test_generation_ends_when_all_texts_have():
     assert model.generate(tokens, 20, temperature=0, eos_token_id=eos)[0, 5:].tolist() == free[: free.index(eos) + 1]
 
 
+@pytest.mark.parametrize("kind", ["eager", "decoder"])
+def test_a_prompt_that_fills_the_context(kind, monkeypatch):
+    """The first new token comes from a full cache; the second from the second half, read again."""
+    model, tokens = random_model(max_position_embeddings=8), random_tokens(2, 8)
+    if kind == "eager":
+        monkeypatch.setattr(zaya.Decoder, "suits", staticmethod(lambda model: False))
+    text = model.generate(tokens, 3, temperature=0)
+    assert text[:, 8].equal(model(tokens)[0][:, -1].argmax(dim=-1))
+    assert text[:, 9].equal(model(text[:, 5:9])[0][:, -1].argmax(dim=-1))
+
+
+def test_what_decodes_is_made_when_it_is_needed(monkeypatch):
+    """Not before the first token, and not for a text of one token."""
+    model, tokens, made = random_model(), random_tokens(1, 5), []
+    original = Zaya.decoder
+    monkeypatch.setattr(Zaya, "decoder", lambda *args: made.append(1) or original(*args))
+    stream = model.stream(tokens, 3)
+    next(stream)
+    assert not made
+    next(stream)
+    assert made == [1]
+    model.generate(tokens, 1)
+    assert made == [1]
+
+
 def test_no_new_tokens():
     tokens = random_tokens(2, 5)
     assert random_model().generate(tokens, 0).equal(tokens)
@@ -542,7 +567,7 @@ def test_a_step_with_kernels_can_be_captured(changes):
 
 
 def test_a_captured_step_writes_the_same_text(monkeypatch):
-    """With a graph that does what CUDA's does: what is captured is not run, and replayed it runs in the same buffers."""
+    """With a graph that does what CUDA's does: what is captured is not run; replayed, it runs in the same buffers."""
     model, tokens = random_model(), random_tokens(2, 5)
     with torch.no_grad():
         cache = model.new_cache(2, 20)
@@ -628,6 +653,10 @@ def test_impossible_configurations_say_so_in_one_line(bad):
     "foreign",
     [
         {"model_type": "llama"},
+        {"eos_token_id": [1, 106]},
+        {"hidden_size": None},
+        {"vocab_size": "many"},
+        {"cca_time0": 2.5},
         {"num_experts_per_tok": 2},
         {"hidden_act": "gelu"},
         {"attention_bias": True},

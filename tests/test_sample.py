@@ -202,7 +202,7 @@ def test_compare_shows_both_their_costs_and_texts(finished, dense, call, tmp_pat
         total, active = model.parameter_counts()
         assert table["parameters"][i] == f"{total:,}" and table["active a token"][i] == f"{active:,}"
         alone = call(sample, "--checkpoint", out, *args).stdout
-        column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[11:])
+        column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[12:])
         assert re.sub(r"\s", "", alone) in re.sub(r"\s", "", column)
     assert all(2 < float(bits) < 12 for bits in table["bits a byte of --text"])
 
@@ -216,9 +216,28 @@ def test_bits_a_byte_are_those_of_the_loss(finished):
     assert sample.bits_a_byte(writer, text) == pytest.approx(loss / math.log(2), rel=1e-5)  # a byte a token
 
 
+def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
+    """The model's own end of text, and the end of its turn; nothing is shown after the first of them."""
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu", num_samples=2))
+    eos, end = 256, 7
+    writer.ends = [eos, end]
+    columns = [[5, 6], [eos, 6], [5, 6], [5, end], [5, 5]]
+    monkeypatch.setattr(Zaya, "stream", lambda self, *rest: (torch.tensor(column) for column in columns))
+    shown = []
+    rows, speed = writer.write([1, 2], shown.append)
+    assert rows == [[5], [6, 6, 6]] and shown == [5] and (speed.count, speed.kept) == (4, 4)
+
+
+def test_a_character_belongs_to_the_token_that_completes_it():
+    tokenizer = load_tokenizer("bytes")
+    assert sample.pieces_of(tokenizer, tokenizer.encode("é–x")) == ["", "é", "", "", "–", "x"]
+    assert sample.pieces_of(tokenizer, list(b"a\xe2")) == ["a", "\ufffd"]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
+        (("--show_experts", "1", "--num_samples", "2"), "--show_experts shows one text"),
         (("--compare", "one"), "--compare takes two checkpoints, not 1"),
         (("--text", "x"), "--text is what --compare measures"),
         (("--gpu_hour", "0"), "--gpu_hour must be positive"),
