@@ -899,7 +899,7 @@ def draw_together(trials, path):
     for axis in (by_tokens, by_time, entropies, loads):
         axis.grid(alpha=0.3)
     by_tokens.legend(fontsize="small")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
     plt.close(figure)
 
 
