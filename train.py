@@ -205,7 +205,8 @@ def flops_a_token(config, active, block_size):
     """6 operations for each active weight and each of the LM head, forward and backward, and causal attention: a
     token's scores and sum of values over half the block on average, 2 operations each, three forwards' worth."""
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size / 2
-    return 6 * (active + config.vocab_size * config.hidden_size) + attention
+    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0  # else it is active already
+    return 6 * (active + head) + attention
 
 
 def memory_plan(model, optimizer, tokens):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -754,7 +755,10 @@ def test_flops_of_a_token():
     """6 a weight that multiplies, embedding left out and head counted, and attention over half the block."""
     config = PRESETS["zaya1-8b"]
     attention = 3 * 2 * 2 * 40 * 8 * 128 * 2048
-    assert train.flops_a_token(config, 753_608_528, 4096) == 6 * (753_608_528 + 262_272 * 2048) + attention
+    flops = 6 * (753_608_528 + 262_272 * 2048) + attention
+    assert train.flops_a_token(config, 753_608_528, 4096) == flops
+    untied = replace(config, tie_word_embeddings=False)  # there the head is one of the active weights
+    assert train.flops_a_token(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
 
 
 def test_saved_on_one_rank_resumed_on_two(finished, tmp_path):
