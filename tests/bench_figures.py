@@ -61,7 +61,7 @@ def kind(text):
         return "number"
     if any(c.isalpha() for c in word):
         return "word, at its start" if text[0].isspace() or text[0] == "_" else "word, going on"
-    return "bracket" if set(word) & set("()[]{}") else "quote, #" if set(word) & set("'\"#`") else "operator, ,.:="
+    return "bracket" if set(word) & set("()[]{}") else "quote, #" if set(word) & set("'\"#`") else "operator, comma"
 
 
 def router(args):
