@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer
-from zaya import KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, parse_flags, stop_in_one_line, token_costs, watts
+from zaya import (
+    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, parse_flags, pyplot, stop_in_one_line, token_costs, watts,
+)  # fmt: skip
 
 
 @dataclass
@@ -195,24 +197,41 @@ def read_bandwidth(device):
     return x.numel() * 4 / best
 
 
-class Printer:
-    """Prints a growing text: whole characters only, as soon as their last byte is there."""
+class Pieces:
+    """A growing text, piece by piece: whole characters only, as soon as their last byte is there."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
     def add(self, token):
+        """What a token completes."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        self.show(text[: len(text.rstrip("\ufffd"))] if text.endswith("\ufffd") else text)
+        return self.beyond(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+
+    def rest(self):
+        """At the end of the text: what never became a character."""
+        return self.beyond(self.tokenizer.decode(self.ids))
+
+    def beyond(self, text):
+        piece, self.shown = text[self.shown :], max(self.shown, len(text))
+        return piece
+
+
+class Printer:
+    """Prints the pieces of a growing text."""
+
+    def __init__(self, tokenizer):
+        self.pieces = Pieces(tokenizer)
+
+    def add(self, token):
+        self.show(self.pieces.add(token))
 
     def finish(self):
-        self.show(self.tokenizer.decode(self.ids))
+        self.show(self.pieces.rest())
 
-    def show(self, text):
-        sys.stdout.write(text[self.shown :])
+    def show(self, piece):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        self.shown = max(self.shown, len(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,23 +290,14 @@ def show_experts(writer, ids, new, layer):
 
 def pieces_of(tokenizer, ids):
     """The text that each token adds to those before it: a character belongs to the token that completes it."""
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        text = text.rstrip("\ufffd") if end < len(ids) else text
-        pieces.append(text[len(shown) :])
-        shown = max(shown, text, key=len)
-    return pieces
+    growing = Pieces(tokenizer)
+    pieces = [growing.add(token) for token in ids]
+    return [*pieces[:-1], pieces[-1] + growing.rest()] if pieces else []
 
 
 def draw_experts(pieces, chosen, probability, experts, path):
     """A panel a layer (eight at most), a column a token (the first 80), a row an expert; dark: sure of its choice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    count = min(80, len(pieces))
+    plt, count = pyplot(), min(80, len(pieces))
     layers = sorted({round(i * (len(chosen) - 1) / 7) for i in range(8)})
     figure, axes = plt.subplots(
         len(layers), 1, figsize=(2 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
@@ -334,7 +344,7 @@ def compare(config, prompt):
         writer = Writer(path, config)
         ids = writer.ids(prompt)
         rows, speed = writer.write(ids)
-        c = writer.model.config
+        c, rate = writer.model.config, speed.tokens_per_s
         switches = [f"{name} {getattr(c, name)}" for name, value in ZAYA1.items() if getattr(c, name) != value]
         total, active, flops, kv_bytes = token_costs(c, len(ids) + config.max_new_tokens)
         facts.append({
@@ -345,9 +355,9 @@ def compare(config, prompt):
             "active a token": f"{active:,}",
             "MFLOP a token": f"{flops / 1e6:,.1f}",
             "KV-cache bytes a token, bf16": f"{kv_bytes:,}",
-            "tokens/s": f"{speed.tokens_per_s:,.1f}",
+            "tokens/s": f"{rate:,.1f}",
             f"$ a million tokens (${config.gpu_hour:g} an hour)":
-                f"{1e6 / speed.tokens_per_s / 3600 * config.gpu_hour:.2f}",
+                f"{1e6 / rate / 3600 * config.gpu_hour:.2f}" if rate else "-",  # of a text that ended at once
         } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if text else {}))  # fmt: skip
         columns.append([writer.tokenizer.decode(row) for row in rows])
     label = max(map(len, facts[0]))

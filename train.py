@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
-    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, parse_flags,
-    read_json, save_safetensors, stop_in_one_line, watts,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, multiplied,
+    parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -205,8 +205,7 @@ def flops_a_token(config, active, block_size):
     """6 operations for each active weight and each of the LM head, forward and backward, and causal attention: a
     token's scores and sum of values over half the block on average, 2 operations each, three forwards' worth."""
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size / 2
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0  # else it is active already
-    return 6 * (active + head) + attention
+    return 6 * multiplied(config, active) + attention
 
 
 def memory_plan(model, optimizer, tokens):
@@ -739,16 +738,6 @@ def read_log(out):
     return entries
 
 
-def pyplot():
-    """matplotlib.pyplot, imported where it is needed, drawing to files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot(out):
     """Draw out/loss.png and, for a mixture of experts, out/experts.png from the log."""
     plt = pyplot()
@@ -815,9 +804,8 @@ class Trials:
         self.runs, self.active = len(runs), flags.get("active_parameters")
         self.mtokens_a_step = flags["batch_size"] * flags["block_size"] / 1e6
         common = set.intersection(*({e["step"] for e in log} for log in logs))
-        self.rows = list(
-            zip(*([e for e in log if e["step"] in common] for log in logs))
-        )  # a row a step, a run a column
+        # A row a step, a run a column.
+        self.rows = list(zip(*([e for e in log if e["step"] in common] for log in logs)))
         self.ms_a_step = float(np.median(self.curve("step_ms")[1]))
         self.last_loads = [[e for e in log if "load" in e][-1]["load"] for log in logs if any("load" in e for e in log)]
 
@@ -1208,11 +1196,11 @@ def report_speed(clock, out):
     if not entries or not clock.steps:
         return
     middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
-    mfu = f", MFU {np.median([e['mfu'] for e in entries]):.1%}" if "mfu" in entries[-1] else ""
+    known = f", MFU {np.median([e['mfu'] for e in entries]):.1%}" if "mfu" in entries[-1] else ""
     if "watts" in entries[-1]:  # of this rank's GPU
-        mfu += f", {np.median([e['tflops'] / e['watts'] for e in entries]):.3g} TFLOP a joule"
+        known += f", {np.median([e['tflops'] / e['watts'] for e in entries]):.3g} TFLOP a joule"
     print(
-        f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{mfu}, "
+        f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{known}, "
         f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"
     )
 

@@ -18,6 +18,10 @@ Shapes, one letter each:
   D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past columns, the tokens before the current one that CCA's convolutions see
+
+linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the configuration
+chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is compared with stand
+after the model, too.
 """
 
 import argparse
@@ -299,7 +303,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer_type):
         super().__init__()
         self.window = config.sliding_window if layer_type == "hybrid_sliding" else None
-        self.qkv_proj = projections(config)
+        self.qkv_proj = projections(config)  # CCA
         # From scratch the temperature starts at 1. [T] and [Z] start at 0: every key is zero, and attention a mean.
         self.qk_norm = nn.ParameterDict(
             {"temp": torch.ones(config.num_key_value_heads)} if config.attention == "cca" else {}
@@ -399,7 +403,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.num_experts = config.num_experts
-        self.gate = ROUTERS[config.router](config, layer)
+        self.gate = ROUTERS[config.router](config, layer)  # Router
         self.experts = Experts(config)
 
     def forward(self, x, router_state):
@@ -1830,8 +1834,22 @@ def token_costs(config, context):
     # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0  # else it is active already
-    return total, active, 2 * (active + head) + attention, kv_bytes
+    return total, active, 2 * multiplied(config, active) + attention, kv_bytes
+
+
+def multiplied(config, active):
+    """How many weights a token is multiplied with: the active ones and the LM head, which is one of them if untied."""
+    return active + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+
+
+def pyplot():
+    """matplotlib.pyplot, imported where it is needed, drawing to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 @dataclass

@@ -71,6 +71,10 @@ TABLES = {
     "long": ["zaya", "dense", "unbalanced"],
     "experts": ["zaya", *(f"{n}_experts" for n in (1, 4, 16, 64))],
 }  # fmt: skip
+CHANGES = {  # of RUN
+    "switch": dict(later_data=LATER_DATA.relative_to(ROOT), eval_every=10, log_every=10),
+    "long": dict(steps=3 * RUN["steps"], eval_every=60, log_every=60),
+}
 
 
 def shape_of(row):
@@ -100,14 +104,13 @@ def step_times(rows, rounds=25):
     """{row: time of a step as a multiple of the first row's}: the median of rounds in which all take turns."""
     ranks, torch_threads = train.Ranks("cpu"), torch.get_num_threads()
     torch.set_num_threads(1)
-    config = train.TrainConfig(**{name: value for name, value in RUN.items()})
     steps = {}
     for row in rows:
         flags = shape_of(row)
         model = Zaya(config_of(flags))
         own = train.TrainConfig(**RUN | {name: v for name, v in flags.items() if name.startswith("balanc")})
         steps[row] = model, train.Optimizer(model, own, torch.bfloat16, ranks)
-    tokens = torch.randint(2048, (config.batch_size, config.block_size + 1))
+    tokens = torch.randint(PRESETS["nano"].vocab_size, (RUN["batch_size"], RUN["block_size"] + 1))
     taken = {row: [] for row in rows}
     for _ in tqdm(range(rounds + 2), desc="timing", disable=None):
         for row, (model, optimizer) in steps.items():
@@ -150,11 +153,7 @@ def prepare_later_data(copy):
 
 def plan(table, out, seeds, times):
     """{row: ([run directories of equal tokens], [those of equal time])} and {run directory: its flags}."""
-    extra = {}
-    if table == "switch":
-        extra = {"later_data": LATER_DATA.relative_to(ROOT), "eval_every": 10, "log_every": 10}
-    if table == "long":
-        extra = {"steps": 3 * RUN["steps"], "eval_every": 60, "log_every": 60}
+    extra = CHANGES.get(table, {})
     prefix, runs, flags = f"{table}-" if extra else "", {}, {}
     for seed in range(1, seeds + 1):
         for row in TABLES[table]:
@@ -171,14 +170,23 @@ def plan(table, out, seeds, times):
     return runs, flags
 
 
-def lines(runs, times):
+def trials_of(runs):
+    """{row: (its trials of equal tokens, those of equal time: None if there are none, the same if time is equal)}."""
+    found = {}
+    for row, (equal_tokens, equal_time) in runs.items():
+        tokens = train.Trials(equal_tokens)
+        timed = tokens if equal_time == equal_tokens else train.Trials(equal_time) if equal_time else None
+        found[row] = tokens, timed
+    return found
+
+
+def lines(trials, times):
     """The lines of a table."""
     yield "| row | active | time of a step | loss, equal tokens | loss, equal time | load entropy |"
     yield "|---|---|---|---|---|---|"
-    for row, columns in runs.items():
-        tokens, timed = (train.Trials(column) if column else None for column in columns)
+    for row, (tokens, timed) in trials.items():
         loss = tokens.at_end("val_loss", 4, spread=True)
-        in_time = "" if timed is None else "same" if columns[0] == columns[1] else timed.at_end("val_loss", 4, True)
+        in_time = "" if timed is None else "same" if timed is tokens else timed.at_end("val_loss", 4, spread=True)
         entropy = tokens.at_end("val_load_entropy", 3)
         yield f"| {row} | {tokens.active:,} | {times[row]:.2f} | {loss} | {in_time} | {entropy} |"
 
@@ -206,12 +214,12 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", disable=None) as bar:
         for _ in pool.map(lambda item: train_run(*item), missing.items()):
             bar.update()
-    print("\n".join(lines(runs, times)))
-    picture = args.out / f"{args.table}.png"
-    trials = {row: train.Trials(equal_tokens) for row, (equal_tokens, _) in runs.items()}
-    for row in rows:  # the runs' own times are those of a machine that did other things as well
-        trials[row].ms_a_step = times[row] * trials[rows[0]].ms_a_step
-    train.draw_together(list(trials.values()), picture)
+    trials, picture = trials_of(runs), args.out / f"{args.table}.png"
+    print("\n".join(lines(trials, times)))
+    equal_tokens = [tokens for tokens, _ in trials.values()]
+    for row, tokens in zip(rows, equal_tokens):  # the runs' own times are of a machine that did other things as well
+        tokens.ms_a_step = times[row] * equal_tokens[0].ms_a_step
+    train.draw_together(equal_tokens, picture)
     print(f"picture: {picture}")
 
 

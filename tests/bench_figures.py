@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sample
-import train
-from zaya import PRESETS, Zaya, find_checkpoint, token_costs
+from zaya import PRESETS, Zaya, find_checkpoint, pyplot, token_costs
 
-plt = train.pyplot()
+plt = pyplot()
 
 
 def costs(args):
