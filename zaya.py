@@ -19,9 +19,9 @@ Shapes, one letter each:
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past columns, the tokens before the current one that CCA's convolutions see
 
-linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the configuration
-chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is compared with stand
-after the model, too.
+linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
+configuration chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is
+compared with stand after the model, too.
 """
 
 import argparse
