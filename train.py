@@ -8,6 +8,7 @@ In reading order: flags, data, optimizer (Muon, AdamW, balancing), checkpoints, 
 """
 
 import ctypes
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -493,7 +495,8 @@ class AdamW:
         if self.world == 1:
             return part
         whole = part.new_empty(self.part * self.world)
-        dist.all_gather_into_tensor(whole, part)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before PyTorch 2.13
+        gather(whole, part)
         return whole[: self.size]
 
     @torch.no_grad()
@@ -989,18 +992,39 @@ def open_run(out, flags, step):
     return open(out / "log.jsonl", "a", buffering=1)
 
 
-def add_up_gradients(ddp, train, step, config, ranks, clock):
+def prefetched(items):
+    """The same items, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def micro_batches(halves, first_step, config, ranks):
+    """A rank's (inputs, targets) from first_step to the end of the run, one forward pass after the other."""
+    share, size = config.batch_size // ranks.world, config.micro_batch_size
+    for step in range(first_step, config.steps):
+        tokens = halves[in_second_half(step, config)].train
+        for start in range(ranks.rank * share, (ranks.rank + 1) * share, size):
+            yield tokens.training_batch(step, config.batch_size, start, start + size, ranks.device)
+
+
+def in_second_half(step, config):
+    return 2 * step >= config.steps
+
+
+def add_up_gradients(ddp, batches, config, ranks, clock):
     """A rank's share of a step, micro-batch after micro-batch -> its mean loss. The gradients that are left behind are
     the mean over all ranks, taken while the last micro-batch's backward pass goes on."""
-    share, size = config.batch_size // ranks.world, config.micro_batch_size
-    first, mean = ranks.rank * share, torch.zeros((), device=ranks.device)
-    for start in range(first, first + share, size):
+    passes = config.batch_size // ranks.world // config.micro_batch_size
+    mean = torch.zeros((), device=ranks.device)
+    for more_to_come in reversed(range(passes)):
         with clock("data"):
-            inputs, targets = train.training_batch(step, config.batch_size, start, start + size, ranks.device)
-        more_to_come = ranks.world > 1 and start + size < first + share
-        with ddp.no_sync() if more_to_come else nullcontext():
+            inputs, targets = next(batches)
+        with ddp.no_sync() if ranks.world > 1 and more_to_come else nullcontext():
             _, loss = ddp(inputs, targets)
-            loss = loss * (size / share)
+            loss = loss / passes
             loss.backward()
         mean += loss.detach()
     return mean
@@ -1059,8 +1083,11 @@ def main():
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     ddp = compiled
     if ranks.world > 1:
+        ddp = nn.parallel.DistributedDataParallel
         # Buffers are not broadcast: every rank counts its own tokens, and the balancing biases are equal anyway.
-        ddp = nn.parallel.DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the flag's name from PyTorch 2.13 on
+        own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        ddp = ddp(compiled, gradient_as_bucket_view=True, **own_buffers)
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
@@ -1090,13 +1117,16 @@ def main():
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
+    batches = prefetched(micro_batches(halves, step, config, ranks))
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
     while step < config.steps:
         started = time.perf_counter()
         lr = learning_rate(step, config)
-        texts = halves[2 * step >= config.steps]
+        texts = halves[in_second_half(step, config)]
+        if config.later_data and step == math.ceil(config.steps / 2):
+            record["best"] = None  # so far it was another text's
 
-        loss = add_up_gradients(ddp, texts.train, step, config, ranks, clock)
+        loss = add_up_gradients(ddp, batches, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
         # What all ranks must agree on: the loss, and whether to stop.
@@ -1136,7 +1166,7 @@ def main():
             entry |= {"val_loss": finite(val_loss), "val_bpb": finite(bits)}
             if entropy is not None:
                 entry["val_load_entropy"] = entropy
-            better = val_loss < (math.inf if record["best"] is None else record["best"])
+            better = record["best"] is None or val_loss < record["best"]
             record["best"] = val_loss if better else record["best"]
         if ranks.first:
             if step % config.log_every == 0 or "val_loss" in entry:
@@ -1158,6 +1188,8 @@ def main():
     with clock("checkpoints"):
         saver.wait()
     bar.close()
+    if ranks.world > 1:
+        report_ranks(ddp, ranks)
     if ranks.first:
         report_speed(clock, out)
         plot(out)
@@ -1203,6 +1235,25 @@ def report_speed(clock, out):
         f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{known}, "
         f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"
     )
+
+
+def report_ranks(ddp, ranks):
+    """Print which rank is the slowest, from what DistributedDataParallel timed in every hundredth step and the first."""
+    timed, ms = ddp._get_ddp_logging_data(), torch.zeros(ranks.world, 2, device=ranks.device)
+
+    def nanoseconds(what):
+        return timed.get(f"avg_{what}_time", 0)
+
+    own = nanoseconds("forward_compute") + nanoseconds("backward_compute")
+    waited = nanoseconds("backward_comm") - nanoseconds("backward_compute_comm_overlap")
+    ms[ranks.rank] = torch.tensor([own, waited]) / 1e6
+    own, waited = ranks.sum(ms).t().tolist()
+    slowest = own.index(max(own))
+    if ranks.first and own[slowest]:
+        print(
+            f"the slowest is rank {slowest}: {own[slowest]:.1f} ms for a forward and backward pass, the fastest takes "
+            f"{min(own):.1f}; {waited[slowest]:.1f} ms of its communication come on top"
+        )
 
 
 def farewell(model, tokenizer, config, step):

@@ -4,9 +4,8 @@ python tests/bench_ablations.py cca|attention|router|switch|scaling|dense|long|e
 
 Every row is trained with every seed on the same tokens, its experts' width chosen so that all rows have the same
 active parameters; then once more, where its step takes another time than the first row's, for as many steps as fit
-that row's time (not in `experts`, where that would be most of the work). `switch` goes over to another text halfway;
-`long` has three times the steps. What --out already holds is not trained again: only the table and the picture are
-made.
+that row's time. `switch` goes over to another text halfway; `long` has three times the steps. What --out already holds
+is not trained again: only the table and the picture are made.
 """
 
 import argparse
@@ -71,6 +70,7 @@ TABLES = {
     "long": ["zaya", "dense", "unbalanced"],
     "experts": ["zaya", *(f"{n}_experts" for n in (1, 4, 16, 64))],
 }  # fmt: skip
+SAME_TIME = 0.05  # relative; two timings of a step differ by 0.02
 CHANGES = {  # of RUN
     "switch": dict(later_data=LATER_DATA.relative_to(ROOT), eval_every=10, log_every=10),
     "long": dict(steps=3 * RUN["steps"], eval_every=60, log_every=60),
@@ -100,30 +100,37 @@ def config_of(flags):
     return train.model_config(train.TrainConfig(block_size=256), shape, PRESETS["nano"].vocab_size, None)
 
 
-def step_times(rows, rounds=25):
-    """{row: time of a step as a multiple of the first row's}: the median of rounds in which all take turns."""
-    ranks, torch_threads = train.Ranks("cpu"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    steps = {}
-    for row in rows:
-        flags = shape_of(row)
-        model = Zaya(config_of(flags))
-        own = train.TrainConfig(**RUN | {name: v for name, v in flags.items() if name.startswith("balanc")})
-        steps[row] = model, train.Optimizer(model, own, torch.bfloat16, ranks)
+def one_step(row):
+    """A function that trains a fresh model of a row for one step -> the seconds that it took."""
+    flags, ranks = shape_of(row), train.Ranks("cpu")
+    model = Zaya(config_of(flags))
+    own = train.TrainConfig(**RUN | {name: v for name, v in flags.items() if name.startswith("balanc")})
+    optimizer = train.Optimizer(model, own, torch.bfloat16, ranks)
     tokens = torch.randint(PRESETS["nano"].vocab_size, (RUN["batch_size"], RUN["block_size"] + 1))
-    taken = {row: [] for row in rows}
-    for _ in tqdm(range(rounds + 2), desc="timing", disable=None):
-        for row, (model, optimizer) in steps.items():
-            start = time.perf_counter()
-            model(tokens[:, :-1], tokens[:, 1:])[1].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            counts = train.collect_counts(model.routers, ranks)
-            optimizer.step(50, None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True))
-            model.zero_grad(set_to_none=True)
-            taken[row].append(time.perf_counter() - start)
+
+    def step():
+        start = time.perf_counter()
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        counts = train.collect_counts(model.routers, ranks)
+        optimizer.step(50, None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True))
+        model.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    return step
+
+
+def step_times(rows, rounds=25):
+    """{row: time of a step as a multiple of the first row's}: the median over rounds of the two by turns."""
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = {rows[0]: 1.0}
+    for row in tqdm(rows[1:], desc="timing", disable=None):
+        step, first = one_step(row), one_step(rows[0])  # both fresh: a step's time changes as its router learns
+        ratios = [step() / first() for _ in range(rounds + 2)]
+        times[row] = statistics.median(ratios[2:])
     torch.set_num_threads(torch_threads)
-    first = taken[rows[0]]
-    return {row: statistics.median(a / b for a, b in zip(times[2:], first[2:])) for row, times in taken.items()}
+    return times
 
 
 def finished(out, flags):
@@ -161,21 +168,20 @@ def plan(table, out, seeds, times):
             run = out / f"{prefix}{row}-{seed}"
             flags[run] = RUN | shape_of(row) | extra | {"seed": seed}
             equal_tokens.append(run)
-            if extra or table == "experts":
-                continue
-            if abs(times[row] - 1) > 0.1:
-                run = out / f"{row}.time-{seed}"
-                flags[run] = RUN | shape_of(row) | {"seed": seed, "steps": round(RUN["steps"] / times[row] / 5) * 5}
+            if abs(times[row] - 1) > SAME_TIME:
+                steps = round(flags[run]["steps"] / times[row] / 10) * 10
+                run = out / f"{prefix}{row}.time-{seed}"
+                flags[run] = RUN | shape_of(row) | extra | {"seed": seed, "steps": steps}
             equal_time.append(run)
     return runs, flags
 
 
 def trials_of(runs):
-    """{row: (its trials of equal tokens, those of equal time: None if there are none, the same if time is equal)}."""
+    """{row: (its trials of equal tokens, those of equal time: the same, if a step takes no longer)}."""
     found = {}
     for row, (equal_tokens, equal_time) in runs.items():
         tokens = train.Trials(equal_tokens)
-        timed = tokens if equal_time == equal_tokens else train.Trials(equal_time) if equal_time else None
+        timed = tokens if equal_time == equal_tokens else train.Trials(equal_time)
         found[row] = tokens, timed
     return found
 
@@ -186,7 +192,7 @@ def lines(trials, times):
     yield "|---|---|---|---|---|---|"
     for row, (tokens, timed) in trials.items():
         loss = tokens.at_end("val_loss", 4, spread=True)
-        in_time = "" if timed is None else "same" if timed is tokens else timed.at_end("val_loss", 4, spread=True)
+        in_time = "same" if timed is tokens else timed.at_end("val_loss", 4, spread=True)
         entropy = tokens.at_end("val_load_entropy", 3)
         yield f"| {row} | {tokens.active:,} | {times[row]:.2f} | {loss} | {in_time} | {entropy} |"
 

@@ -23,7 +23,7 @@ import train
 import zaya
 from data.tokenizer import load_tokenizer
 from train import Muon, Optimizer, Tokens, TrainConfig, learning_rate, load_entropy, newton_schulz
-from zaya import PRESETS, Zaya, ZayaConfig, load_safetensors, replica
+from zaya import PRESETS, Zaya, ZayaConfig, load_safetensors, read_json, replica
 
 CPU = torch.device("cpu")
 
@@ -273,6 +273,25 @@ def test_steps_and_seeds_differ(tiny_data):
     assert not torch.equal(first, tokens_of(tiny_data, seed=2).training_batch(0, 4, 0, 4, CPU)[0])
 
 
+def test_the_next_batch_is_made_while_one_is_used():
+    """In order, one ahead and no more; and what goes wrong is said where the batch is asked for."""
+    made = []
+
+    def batches():
+        for number in range(3):
+            made.append(number)
+            yield number, number
+        raise OSError("the disk is gone")
+
+    coming = train.prefetched(batches())
+    assert next(coming) == (0, 0)
+    while made != [0, 1]:
+        time.sleep(0.001)
+    assert [next(coming), next(coming)] == [(1, 1), (2, 2)]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(coming)
+
+
 def test_an_epoch_has_every_block_once_and_the_next_cuts_elsewhere(tiny_data):
     tokens = tokens_of(tiny_data)
     first, second = tokens.epoch(0), tokens.epoch(1)
@@ -440,6 +459,13 @@ def test_later_data_is_the_second_half_of_the_steps(tiny, other_data, finished, 
     shutil.rmtree(cut_short / "step-0000006")
     assert call(train, "--out", cut_short, "--resume").status == 0
     assert log_of(cut_short)[-1]["loss"] == whole[-1]["loss"]
+
+
+def test_the_best_checkpoint_is_one_of_the_later_text(tiny, tiny_data, other_data, call, tmp_path):
+    plan = tiny | {"data": other_data, "later_data": tiny_data}
+    assert call(train, *flags(**plan, out=tmp_path)).status == 0
+    log = log_of(tmp_path)
+    assert log[2]["val_loss"] < log[5]["val_loss"] and read_json(tmp_path / "best" / "trainer.json")["step"] == 6
 
 
 def test_later_data_of_other_tokens_is_refused(tiny, call, tmp_path):
@@ -661,6 +687,8 @@ def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path
     done = command("train.py", *flags(**tiny, keep=9, out=out), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("a sample:") == 1  # only the first rank speaks
+    assert "Warning" not in done.stderr, done.stderr
+    assert re.search(r"the slowest is rank [01]: \d+\.\d ms for a forward and backward pass", done.stdout)
     assert call(train, *flags(**tiny, micro_batch_size=2, out=tmp_path / "one")).status == 0
     assert_near(out, tmp_path / "one", 1e-5)
     ours, theirs = log_of(out), log_of(tmp_path / "one")
