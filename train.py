@@ -1238,7 +1238,7 @@ def report_speed(clock, out):
 
 
 def report_ranks(ddp, ranks):
-    """Print which rank is the slowest, from what DistributedDataParallel timed in every hundredth step and the first."""
+    """Print which rank is the slowest, by what DistributedDataParallel timed: the first steps and every hundredth."""
     timed, ms = ddp._get_ddp_logging_data(), torch.zeros(ranks.world, 2, device=ranks.device)
 
     def nanoseconds(what):
@@ -1270,9 +1270,10 @@ def farewell(model, tokenizer, config, step):
     torch.manual_seed(config.seed)
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
+    prompt = "import " if config.data == "stdlib" else "The "
     print(
         f"loss and experts: {config.out}/loss.png, {config.out}/experts.png"
-        + (f'; more text: python sample.py --checkpoint {config.out} --prompt "import "' if config.keep else "")
+        + (f'; more text: python sample.py --checkpoint {config.out} --prompt "{prompt}"' if config.keep else "")
     )
 
 

@@ -17,7 +17,7 @@ Shapes, one letter each:
   B batch         T time (tokens)          S time with the cache's past    N = B * T
   D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
   L layers        E experts                F expert width                  R router width      V vocabulary
-  P past columns, the tokens before the current one that CCA's convolutions see
+  P past tokens that CCA's convolutions see before the current one, its "columns"
 
 linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
 configuration chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is
@@ -80,7 +80,7 @@ class ZayaConfig:
     rope_theta: float = 5e6  # base of the rotary embedding; 1e4 while pretraining at 4,096 tokens [R]
     sliding_rope_theta: float = 1e4  # the same for sliding-window layers
     partial_rotary_factor: float = 0.5  # share of a head's channels that is rotated
-    layer_types: list[str] | None = None  # "hybrid" (full attention) or "hybrid_sliding" a layer; None: all full
+    layer_types: list[str] | None = None  # a layer's attention: "hybrid" is full, "hybrid_sliding" a window; None: full
     sliding_window: int | None = None  # tokens that a sliding layer sees, the current one included
     max_position_embeddings: int = 131072  # context length; nothing is stored for it
     rms_norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -156,7 +156,8 @@ def rotary_table(positions, rotary_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn the first channels of every head of x (B, T, H, h); channel i pairs with i + rotary_dim / 2 (NeoX)."""
+    """Turn the first channels of every head of x (B, T, H, h); channel i pairs with i + rotary_dim / 2 (NeoX):
+    x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin."""
     half = cos.shape[-1]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin), rest], dim=-1)
@@ -167,7 +168,8 @@ def rotate(x, cos, sin):
 
 
 def qk_mean(qk, Hq, Hk):
-    """What the convolutions are a correction to: each query's mean with its key, each key's with its queries.
+    """The plain part of q and k, to which the convolutions add: each query averaged with its key, each key with the
+    mean of its queries.
 
     qk: [q0 | k0] (B, T, C) -> the same shape. [C] II-B: from the projections BEFORE the convolutions.
     """
@@ -227,16 +229,19 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """
     (B, T, _), C, h, Hk = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp)
-    H, Hq = C // h, C // h - Hk
+    H = C // h
+    Hq = H - Hk
     qk, v_now, v_late = qkv.split([C, Hk * h // 2, Hk * h // 2], dim=-1)
-    # The text is padded once, before both convolutions. So at position 0 the second one sees the first one's bias.
-    mixed = grouped_conv(depthwise_conv(torch.cat([past, qk], dim=1), *depthwise), *grouped, H)
+    # The text is padded once, not before each convolution: so before position 0 the second sees the first one's bias.
+    mixed = torch.cat([past, qk], dim=1)
+    mixed = depthwise_conv(mixed, *depthwise)
+    mixed = grouped_conv(mixed, *grouped, H)
     mixed = mixed.float() + qk_mean(qk.float(), Hq, Hk)  # fp32 from here [R]
-    mixed = mixed.view(B, T, H, h)
+    mixed = normalize_heads(mixed.view(B, T, H, h), temp)
+    q, k = rotate(mixed, cos, sin).to(qkv.dtype).split([Hq, Hk], dim=2)
     # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
-    v = torch.cat([v_now, torch.cat([v_before, v_late[:, :-1]], dim=1)], dim=-1).view(B, T, Hk, h)
-    mixed = rotate(normalize_heads(mixed, temp), cos, sin).to(qkv.dtype)
-    return *mixed.split([Hq, Hk], dim=2), v
+    v_shifted = torch.cat([v_before, v_late[:, :-1]], dim=1)
+    return q, k, torch.cat([v_now, v_shifted], dim=-1).view(B, T, Hk, h)
 
 
 def attend(q, k, v, window=None):
@@ -260,7 +265,7 @@ def attend(q, k, v, window=None):
 def visible(first_query, end_query, first_key, end_key, window, device):
     """Whether a query sees a key: its own position's and earlier ones, `window` in all -> (queries, keys) bool."""
     ago = torch.arange(first_query, end_query, device=device)[:, None] - torch.arange(first_key, end_key, device=device)
-    return (ago >= 0) & (ago < (window or end_key))
+    return ago >= 0 if window is None else (ago >= 0) & (ago < window)
 
 
 class CCA(nn.Module):
@@ -292,9 +297,8 @@ class CCA(nn.Module):
     def forward(self, x, temp, cos, sin, cache):
         """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
         qkv, past, v_before = self.project(x, cache)
-        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-        depthwise, grouped = (depthwise.weight, depthwise.bias), (grouped.weight, grouped.bias)
-        return cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin)
+        convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
+        return cca(qkv, past, v_before, *convolutions, temp, cos, sin)
 
 
 class Attention(nn.Module):
@@ -312,13 +316,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
-        q, k, v = self.qkv_proj(x, self.qk_norm["temp"] if "temp" in self.qk_norm else None, *rotary, cache)
-        if cache is None:
-            out = attend(q, k, v, self.window)
-        else:
+        q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
+        if cache is not None:
             k, v = cache.append(k, v)
-            decoding = q.shape[1] == 1
-            out = attend_past(q, cache.k, cache.v, cache.end, self.window) if decoding else attend(q, k, v, self.window)
+        if cache is None or q.shape[1] > 1:
+            out = attend(q, k, v, self.window)
+        else:  # decoding
+            out = attend_past(q, cache.k, cache.v, cache.end, self.window)
         return linear(out, self.o_proj.weight)
 
 
@@ -357,9 +361,11 @@ class Router(nn.Module):
         r, mlp = linear(x, self.down_proj.weight, self.down_proj.bias), self.router_mlp
         gamma = None if before is None else self.router_states_scale
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
-        routed = route(r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases)
-        self.counts += routed[2]
-        return routed
+        probability, choice, counts, state = route(
+            r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
+        )
+        self.counts += counts
+        return probability, choice, counts, state
 
 
 @has_kernel
@@ -367,7 +373,7 @@ def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
     """The router's thinking [R] II-A2: r (N, R) is the token projected down, fc1 and fc2 are (weight, bias)
     -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R) for the next layer."""
     state = r.float()
-    if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading with depth
+    if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading as gamma learns
         state = state + before * gamma
     thought = F.gelu(linear(normalize(state, norm, eps), *fc1))
     thought = F.gelu(linear(thought, *fc2))
@@ -387,7 +393,7 @@ def choose(probabilities, balancing_biases):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks, their weights stacked."""
+    """The weights of E SwiGLU networks, stacked; experts() applies them."""
 
     def __init__(self, config):
         super().__init__()
@@ -419,6 +425,7 @@ class MixtureOfExperts(nn.Module):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D)."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
+        # First two other ways to what the last two lines say: for few tokens, and on a CPU.
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
         if x.device.type == "cpu" and not on_kernels(x):
@@ -455,7 +462,8 @@ def combine(y, positions, probability):
 
 
 class ResidualScaling(nn.Module):
-    """stream <- (stream + b_r) * s_r + (out + b_o) * s_o, in fp32, with four learned D-vectors."""
+    """stream <- (stream + b_r) * s_r + (out + b_o) * s_o, in fp32, with four learned D-vectors: r is for residual, o
+    for out, which the weights' names call hidden states."""
 
     def __init__(self, size):
         super().__init__()
@@ -474,7 +482,7 @@ class ResidualScaling(nn.Module):
 @has_kernel
 def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
     """(stream + b_r) * s_r + (out + b_o) * s_o in fp32; and that through RMSNorm, in out's dtype."""
-    stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)
+    stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)  # constants first
     return stream, normalize(stream, weight, eps).to(out.dtype)
 
 
@@ -525,11 +533,11 @@ class Zaya(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """Matrices N(0, initializer_range), the router's N(0, 1 / fan-in), their biases 0; norms, scales, temperatures
-        1; the convolutions as nn.Conv1d has them.
+        """Matrices are normal with the standard deviation initializer_range, the router's with fan-in^-0.5; biases 0;
+        norms, scales, temperatures 1; the convolutions as nn.Conv1d has them.
 
-        Tiny Shakespeare, 8 experts, 120 steps: with the router's at initializer_range, too, its probabilities are all
-        alike, the balancing bias alone decides, and the loss is 2.00; so it is 1.80 (at equal balancing).
+        With the router's at initializer_range, too, its probabilities are nearly equal and the balancing bias alone
+        decides: a loss of 2.00 instead of 1.80 (tiny Shakespeare, 8 experts, 120 steps, equal balancing).
         """
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -571,9 +579,9 @@ class Zaya(nn.Module):
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
         normed, router_state = self.layers[0].input_layernorm(stream), None
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
-            layer_cache, turns = cache.layers[i] if cache else None, rotary[config.layer_types[i]]
-            stream, normed, router_state = layer(stream, normed, router_state, turns, layer_cache, next_norm)
+        caches = cache.layers if cache else [None] * len(self.layers)
+        for layer, layer_type, past, next_norm in zip(self.layers, config.layer_types, caches, next_norms):
+            stream, normed, router_state = layer(stream, normed, router_state, rotary[layer_type], past, next_norm)
         return normed.to(self.head.dtype)
 
     def logits(self, hidden):
@@ -964,7 +972,7 @@ class DecoderLayer:
         self.length = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
-        self.turning = half, half, h - 2 * half
+        self.parts, self.turning = (H * h, self.Hk * h // 2, self.Hk * h // 2), (half, half, h - 2 * half)
         self.after_attention = (
             *self.merging(block.post_attention_residual_scale),
             DecoderNorm(block.post_attention_layernorm),
@@ -992,21 +1000,23 @@ class DecoderLayer:
     def attention(self, normed, cos, sin, position):
         """normed (B, D), cos and sin (h) -> (B, D)."""
         B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
-        qk, v_now, v_late = self.project(normed).split([H * h, Hk * h // 2, Hk * h // 2], dim=1)
+        # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
+        qk, v_now, v_late = self.project(normed).split_with_sizes(self.parts, dim=1)
         qk = qk.view(B, H, h)
         mean = torch.baddbmm(self.bias, self.mean, qk)
-        columns = torch.cat([self.columns, qk.transpose(0, 1)[:, :, None]], dim=2)  # (H, B, P + 1, h)
-        self.columns = columns[:, :, 1:]
+        columns = torch.cat([self.columns, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
+        self.columns = columns.narrow(2, 1, columns.shape[2] - 1)
         x = torch.baddbmm(mean.transpose(0, 1), columns.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
         norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
         x = x * (self.length / norm)
-        x1, x2, rest = x.split(self.turning, dim=2)
-        q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split([self.Hq, Hk], dim=1)
+        x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
+        q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
         self.k.select(2, position).copy_(k)
         self.v.select(2, position).copy_(torch.cat([v_now, self.v_late], dim=1).view(B, Hk, h))
         self.v_late = v_late
         first = max(0, position + 1 - (self.window or position + 1))
-        k, v = self.k[:, :, first : position + 1], self.v[:, :, first : position + 1]
+        seen = position + 1 - first
+        k, v = self.k.narrow(2, first, seen), self.v.narrow(2, first, seen)
         if B > 1:
             out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
         else:
@@ -1023,8 +1033,10 @@ class DecoderLayer:
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
         probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
         choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
-        rows = [self.expert(*row) for row in zip(normed.split(1), choices, probabilities)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows), state
+        if len(choices) == 1:
+            return self.expert(normed, choices[0], probabilities[0]), state
+        rows = zip(normed.split(1), choices, probabilities)
+        return torch.cat([self.expert(*row) for row in rows]), state
 
     def expert(self, x, expert, probabilities):
         """x (1, D) through its expert, times the probability of that."""
@@ -1507,9 +1519,9 @@ def replica(hidden_size, num_hidden_layers, head_dim, **changes):
 PRESETS = {
     # A laptop's CPU, minutes. In 180 s two layers reach 1.48 bits a byte, three 1.55: more tokens beat more layers.
     "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
-    "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU, an hour
-    "small": replica(1024, 20, 128),  # one GPU, days; one node, a night
-    "medium": replica(2048, 20, 128),  # one node, weeks
+    "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU
+    "small": replica(1024, 20, 128),  # one GPU or one node
+    "medium": replica(2048, 20, 128),  # one node
     "zaya1-8b": ZayaConfig(),
 }
 
@@ -1880,11 +1892,12 @@ def cost_table():
         twins["  conventional twin"] = replace(config, mlp="dense", attention="mha", cca_without=None)
         for label, twin in twins.items():
             total, active, flops, kv_bytes = token_costs(twin, flags.context)
-            dollars = 3 * flops * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
+            training = 3 * token_costs(twin, flags.context / 2)[2]  # a token's past is half a context on average
+            dollars = training * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
             print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
     print(
         f"active: without the embedding. GFLOP: forward, LM head included, {flags.context:,} tokens of context.\n"
-        "KV bytes: bf16. $: three forwards' worth at "
+        "KV bytes: bf16. $: three forwards' worth, with half of that context, at "
         f"{flags.mfu:.0%} of {flags.peak_tflops:,.0f} TFLOP/s and ${flags.gpu_hour} an hour."
     )
 

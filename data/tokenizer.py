@@ -141,7 +141,7 @@ def load_tokenizer(name_or_folder):
             return Tokenizer(tiktoken.get_encoding("gpt2"))
         except OSError as error:  # requests' errors are OSErrors
             raise OSError(f"gpt2's vocabulary is downloaded at first use, and that failed ({type(error).__name__}); "
-                          "--tokenizer bpe or bytes needs no network") from None
+                          "data/text/prepare.py with --tokenizer bpe or bytes needs no network") from None
     folder = Path(name_or_folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
