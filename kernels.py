@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python kernels.py       check them without a GPU, in Triton's interpreter
     python kernels.py --compile_for gfx942     compile them for an MI300X that need not be there
 
-Read zaya.py first: what a function computes is said there, how it is made fast is said here. Each part below has the
-same order: the idea as pseudo-code, the kernels, the torch operators that launch them, the function that zaya.py calls.
+(All three are in tests/bench_kernels.py.) Read zaya.py first: what a function computes is said there, how it is made
+fast is said here. Each part below has the same order: the idea as pseudo-code, the kernels, the torch operators that
+launch them, the function that zaya.py calls.
 
 Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX
 columns, X itself rounded up to a power of two where one block must hold it all; what lies beyond an edge is masked.
@@ -19,13 +20,9 @@ program adds up over its tokens goes to a row of its own in a `partial` tensor, 
 nothing waits for the GPU.
 """
 
-import argparse
 import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from functools import lru_cache
 
 import torch
@@ -1241,267 +1238,10 @@ def unsupported(name, *args):
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking and timing: every kernel beside its eager twin
-
-
-def cases(config, B, T, device, dtype):
-    """{name: (arguments of the function of that name, bytes and operations of its forward, of its backward pass)}.
-
-    Bytes: what must be read and written once. What is learned or comes from a layer before requires a gradient.
-    """
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-    def random(*shape, dtype=dtype, scale=1.0, grad=True):
-        tensor = torch.randn(*shape, device=device, generator=generator) * scale
-        return tensor.to(dtype).requires_grad_(grad)
-
-    c, N, P = config, B * T, config.past_columns
-    D, E, F, R, h = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.router_hidden_size, c.head_dim
-    Hq, Hk, fp32 = c.num_attention_heads, c.num_key_value_heads, torch.float32
-    C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
-    angles = torch.rand(T, 1, c.rotary_dim // 2, device=device)
-    choice = torch.randint(E, (N,), device=device)
-    depthwise, grouped = random(C, 1, c.cca_time0), random(C, h, c.cca_time1, scale=h**-0.5)
-    qkv, past, v_before = random(B, T, C + Hk * h), random(B, P, C, grad=False), random(B, 1, Hk * h // 2, grad=False)
-    W1, W2, W3 = (random(units, R, scale=R**-0.5) for units in (R, R, E + 1))
-    gate_up, down = random(E, 2 * F, D, scale=D**-0.5), random(E, D, F, scale=F**-0.5)
-    rows, scales = random(N, D), [random(D, dtype=fp32) for _ in range(5)]
-    ends = (torch.arange(1, E + 1, device=device, dtype=torch.int32) * N // E).to(torch.int32)
-    cache = [random(1, 8 * T, Hk, h, grad=False) for _ in range(2)]
-    length = torch.full((), 8 * T, dtype=torch.int32, device=device)
-    weights = 3 * E * F * D * size
-    return {
-        "cca": (
-            (qkv, past, v_before, (depthwise, random(C)), (grouped, random(C)), random(Hk, dtype=fp32),
-             angles.cos(), angles.sin()),
-            2 * qkv.numel() * size, 2 * N * C * h * c.cca_time1, 3 * qkv.numel() * size, 4 * N * C * h * c.cca_time1,
-        ),
-        "route": (
-            (random(N, R), random(N, R, dtype=fp32), random(R, dtype=fp32), random(R, dtype=fp32), 1e-5,
-             (W1, random(R)), (W2, random(R)), W3, random(E + 1, dtype=fp32, scale=0.01, grad=False)),
-            N * R * (size + 8), 2 * N * R * (2 * R + E + 1), N * R * (size + 16), 4 * N * R * (2 * R + E + 1),
-        ),
-        "dispatch": ((rows, choice, E), 2 * N * D * size, 0, 2 * N * D * size, 0),
-        "experts": (
-            (rows, gate_up, down, ends),
-            2 * N * D * size + weights, 6 * N * D * F, 3 * N * D * size + 2 * weights, 12 * N * D * F,
-        ),
-        "combine": (
-            (rows, choice.argsort(stable=True), random(N, dtype=fp32)), 2 * N * D * size, 0, 3 * N * D * size, 0
-        ),
-        "merge": (
-            (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
-            N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
-        ),
-        "experts_of_few": (
-            (rows[:1].detach(), random(1, dtype=fp32, grad=False), choice[:1], gate_up.detach(), down.detach()),
-            weights // E, 6 * D * F, 0, 0,
-        ),
-        "attend_past": (
-            (random(1, 1, Hq, h, grad=False), *cache, length), 2 * cache[0].numel() * size, 4 * 8 * T * Hq * h, 0, 0
-        ),
-    }  # fmt: skip
-
-
-def tensors_in(args):
-    return [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
-
-
-def evaluate(function, args):
-    """A function's results, and a function that takes the gradients of those that have one (random ones, if none are
-    given) and returns those of the arguments."""
-    results = function(*args)
-    results = results if isinstance(results, tuple) else (results,)
-    outputs, leaves = [r for r in results if r.requires_grad], [t for t in tensors_in(args) if t.requires_grad]
-    drawn = [torch.randn_like(r) for r in outputs]
-
-    def backward(grads=drawn):
-        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True) if outputs else []
-
-    return results, backward
-
-
-def in_fp32(args):
-    """Copies of arguments, for a reference."""
-
-    def copy(x):
-        if isinstance(x, tuple):
-            return in_fp32(x)
-        floats = isinstance(x, Tensor) and x.is_floating_point()
-        return x.detach().float().requires_grad_(x.requires_grad) if floats else x
-
-    return tuple(copy(x) for x in args)
-
-
-def errors(eager, kernel, args):
-    """|result - reference| / |reference| in the worst result and the worst gradient: of the eager twin, of the kernel.
-
-    The reference is the eager twin in fp32. Tokens whose expert differs between the three are left out.
-    """
-    runs = [evaluate(eager, in_fp32(args)), evaluate(eager, args), evaluate(kernel, args)]
-    same = 1
-    for a, b, c in zip(*(results for results, _ in runs)):
-        if not a.is_floating_point() and len(a) == len(args[0]):
-            same = same * ((a == b) & (a == c)).float()
-    grads = [torch.randn_like(r) * (same if r.dim() == 1 else 1) for r in runs[0][0] if r.requires_grad]
-    found = []
-    for results, backward in runs:
-        outputs = [r for r in results if r.is_floating_point()]
-        typed = [g.to(r.dtype) for g, r in zip(grads, [r for r in outputs if r.requires_grad])]
-        found.append(([r * same if r.dim() == 1 else r for r in outputs], backward(typed)))
-
-    def worst(values, true):
-        return max([((v.float() - t).norm() / t.norm().clamp_min(1e-20)).item() for v, t in zip(values, true)] or [0.0])
-
-    return [(worst(outputs, found[0][0]), worst(grads, found[0][1])) for outputs, grads in found[1:]]
-
-
-def milliseconds(function):
-    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")  # empties the L2 before each run
-
-
-def ceilings():
-    """This machine's bandwidth (bytes/s read and written by a 2 GiB copy) and bf16 rate (of an 8192-cubed product)."""
-    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    y = torch.empty_like(x)
-    bandwidth = 4 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
-    a, b = x[: 2**26].view(8192, 8192), y[: 2**26].view(8192, 8192)
-    return bandwidth, 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
-
-
-def report():
-    """Check every kernel; on a GPU, time it, too, at ZAYA1-8B's shapes and 16,384 tokens."""
-    import torch._functorch.config
-
-    import zaya
-
-    gpu = torch.cuda.is_available() and not INTERPRETED
-    if not gpu and not INTERPRETED:
-        raise ValueError("no GPU here: set TRITON_INTERPRET=1 to check the kernels, or give --compile_for gfx942")
-    if gpu:
-        torch._functorch.config.donated_buffer = False  # a compiled backward pass is timed more than once
-        bandwidth, rate = ceilings()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}: "
-              f"copy {bandwidth / 1e9:,.0f} GB/s, product {rate / 1e12:,.0f} TFLOP/s")  # fmt: skip
-        device, dtype, shape = "cuda", torch.bfloat16, (zaya.PRESETS["zaya1-8b"], 4, 4096)
-        print(f"{'kernel':26}{'error':>9}{'eager':>9}{'ms eager':>10}{'compile':>9}{'Triton':>9}{'ratio':>7}   rate")
-    else:
-        device, dtype, shape = "cpu", torch.float32, (zaya.replica(64, 2, 8), 2, 40)
-        print(f"Triton {triton.__version__}'s interpreter, fp32\n{'kernel':26}{'error':>9}{'eager':>9}")
-    print(f"{'':26}{'against fp32':>18}")
-    for name, (args, *costs) in cases(*shape, device, dtype).items():
-        kernel, eager = globals()[name], getattr(zaya, name).__wrapped__
-        zaya.use_kernels("eager")
-        theirs, ours = errors(eager, kernel, args)
-        for i, suffix in enumerate(["", " backward"] if costs[2] else [""]):
-            line = f"{name + suffix:26}{ours[i]:9.1e}{theirs[i]:9.1e}"
-            if gpu:
-                times = []
-                for function in (eager, torch.compile(eager, dynamic=False), kernel):
-                    backward = evaluate(function, args)[1]
-                    times.append(milliseconds(backward if suffix else lambda: function(*args)))
-                bytes_, operations = costs[2 * i : 2 * i + 2]
-                achieved = bytes_ / times[2] * 1e3, operations / times[2] * 1e3
-                line += f"{times[0]:10.3f}{times[1]:9.3f}{times[2]:9.3f}{times[0] / times[2]:7.2f}   "
-                if name == "experts":
-                    line += f"{achieved[1] / 1e12:,.0f} TFLOP/s, {achieved[1] / rate:.0%} of the product's"
-                else:
-                    line += f"{achieved[0] / 1e9:,.0f} GB/s, {achieved[0] / bandwidth:.0%} of the copy's"
-            print(line, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiling for a GPU that is not there
-
-
-def compile_kernel(kernel, args, constants, target):
-    """The kernel as it would be compiled for these arguments: sizes that are multiples of 16 are known to be such."""
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    signature, known, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], known[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if isinstance(value, int) else names.get(value.dtype, "*i64")
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    signature = {name: signature[name] for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature, known, attributes)
-    return triton.compile(source, target=target, options=options), options["num_warps"]
-
-
-def resources_on_amd(compiled, warps):
-    """Registers, spilled registers, bytes of LDS, MFMA instructions and waves per SIMD, read from the assembly."""
-    text = compiled.asm["amdgcn"]
-    registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-    shared = compiled.metadata.shared
-    waves = min(8, 512 // (cdiv(registers, 8) * 8))  # 512 registers a lane, handed out by eights
-    if shared:
-        waves = min(waves, max(1, 65536 // shared * warps // 4))  # a workgroup's waves are spread over four SIMDs
-    return registers, spills, shared, len(re.findall(r"v_mfma", text)), waves
-
-
-def resources_on_nvidia(compiled, warps):
-    """The same of a CUDA kernel, for spills the bytes of stack that it takes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    shared = compiled.metadata.shared
-    waves = min(16, 512 // (cdiv(registers, 8) * 8))
-    if shared:
-        waves = min(waves, max(1, 233472 // shared * warps // 4))
-    products = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
-    return registers, spills, shared, products, waves
-
-
-def compile_for(architecture):
-    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes in bf16, and
-    print what it needs. No GPU is needed."""
-    import zaya
-
-    if INTERPRETED:
-        raise ValueError("--compile_for cannot work with TRITON_INTERPRET=1")
-    target = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}[architecture]
-    resources = resources_on_amd if target[0] == "hip" else resources_on_nvidia
-    seen = set()
-    units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
-        "registers", "stack bytes", "shared", "MMA", "warps/SMSP")  # fmt: skip
-    print(
-        f"{architecture}, Triton {triton.__version__}, bf16, ZAYA1-8B\n{'kernel':32}"
-        + "".join(f"{u:>12}" for u in units)
-    )
-
-    def compile_and_print(kernel, args, constants):
-        label = kernel.__name__ + (" (SwiGLU)" if constants.get("SWIGLU_BACKWARD") else "")
-        if label not in seen:
-            seen.add(label)
-            numbers = resources(*compile_kernel(kernel, args, constants, triton.backends.compiler.GPUTarget(*target)))
-            print(f"{label:32}" + "".join(f"{n:12,}" for n in numbers), flush=True)
-
-    launch.instead, launch.architecture = compile_and_print, architecture
-    for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], 4, 4096, "meta", torch.bfloat16).items():
-        evaluate(globals()[name], args)[1]()
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)"
-    )
-    architecture = parser.parse_args().compile_for
-    compile_for(architecture) if architecture else report()
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
+    from bench_kernels import main
+
     from zaya import stop_in_one_line
 
     with stop_in_one_line():

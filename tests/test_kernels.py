@@ -16,6 +16,7 @@ from zaya import PRESETS, Zaya, ZayaConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import kernels  # noqa: E402
+from bench_kernels import cases, in_fp32, tensors_in  # noqa: E402
 
 SMALL = ZayaConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8, num_experts=5,
@@ -52,7 +53,7 @@ def results_and_gradients(choice, name, args):
     zaya.use_kernels(choice)
     results = getattr(zaya, name)(*args)
     results = results if isinstance(results, tuple) else (results,)
-    outputs, leaves = [r for r in results if r.requires_grad], [t for t in kernels.tensors_in(args) if t.requires_grad]
+    outputs, leaves = [r for r in results if r.requires_grad], [t for t in tensors_in(args) if t.requires_grad]
     if not outputs:
         return results, ()
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +64,7 @@ def results_and_gradients(choice, name, args):
 def arguments(shape, name, dtype):
     B, T, changes = SHAPES[shape]
     torch.manual_seed(0)
-    return kernels.cases(replace(SMALL, **changes), B, T, "cpu", dtype)[name][0]
+    return cases(replace(SMALL, **changes), B, T, "cpu", dtype)[name][0]
 
 
 @pytest.mark.parametrize("shape, name", COMBINATIONS)
@@ -79,7 +80,7 @@ def test_float16(shape, name):
     """No further from the truth than twice eager PyTorch's own error. (That of a few numbers can be small by luck:
     there it counts as no less than one rounding.)"""
     args = arguments(shape, name, torch.float16)
-    exact = results_and_gradients("eager", name, kernels.in_fp32(args))
+    exact = results_and_gradients("eager", name, in_fp32(args))
     eager, twin = (results_and_gradients(choice, name, args) for choice in ("eager", "triton"))
     for true, theirs, ours in zip(exact[0] + exact[1], eager[0] + eager[1], twin[0] + twin[1], strict=True):
         if true.is_floating_point():
