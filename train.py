@@ -47,13 +47,13 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass
 class TrainConfig:
-    preset: str = "nano"  # nano, mini, small, medium or zaya1-8b; flags below change single fields of it
+    preset: str = "nano"  # nano, mini, small, medium or zaya1-8b: shape and recipe; other flags change parts of them
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
     later_data: str | None = None  # another such, of the same tokenizer, for the second half of the steps
     out: str = "out"  # run directory: checkpoints, log, pictures
     steps: int = 400  # optimizer steps
     batch_size: int = 16  # sequences a step, over all ranks and micro-batches
-    micro_batch_size: int | None = None  # sequences a rank and forward pass, the rest is accumulated; None: up to 16
+    micro_batch_size: int | None = None  # sequences a rank and forward pass; None: up to 16 and 32,768 tokens
     block_size: int | None = None  # tokens a sequence; None: the preset's context
     lr: float = 0.012  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
@@ -100,6 +100,16 @@ class TrainConfig:
             raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
 
 
+# What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: nano's was
+# measured, zaya1-8b's is phase 1 of [R] (16.8M tokens a step, 8 trillion in all), the others lie between by width.
+RECIPES = {
+    "mini": dict(steps=4000, batch_size=256, lr=4e-3, warmup=100, eval_every=500),  # 1 billion tokens
+    "small": dict(steps=5700, batch_size=128, lr=1.6e-3, warmup=200, eval_every=500),  # 3 billion
+    "medium": dict(steps=9500, batch_size=256, lr=6e-4, warmup=500, eval_every=500),  # 10 billion
+    "zaya1-8b": dict(steps=480_000, batch_size=4096, lr=6e-4, final_lr=1 / 3, warmup=2000, eval_every=1000),
+}
+
+
 def flags_of(cls, given):
     """Those of the flags given that are fields of a dataclass."""
     return {name: value for name, value in given.items() if name in {f.name for f in fields(cls)}}
@@ -114,6 +124,12 @@ def model_config(config, given, vocab_size, eot):
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     changes.setdefault("max_position_embeddings", config.block_size or start.max_position_embeddings)
     return replace(start, **changes)
+
+
+def sequences_at_once(share, block_size):
+    """The sequences of a forward pass: a power of two that divides a rank's share, up to 16 and 32,768 tokens."""
+    most = 2 ** int(math.log2(max(1, min(16, 2**15 / block_size))))
+    return math.gcd(share, most)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1035,6 +1051,7 @@ def main():
     if given.get("plot"):
         return compare([Path(run) for run in given["plot"]], Path(given.get("out", TrainConfig.out)))
     given, resuming = resolve_flags(given)
+    given = RECIPES.get(given.get("preset"), {}) | given
     config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
     ranks = Ranks(config.device)
@@ -1059,7 +1076,7 @@ def main():
     share = config.batch_size // ranks.world
     shape = flags_of(ZayaConfig, given)
     flags = asdict(config) | shape  # to keep: another number of ranks may want another micro-batch
-    config.micro_batch_size = config.micro_batch_size or math.gcd(share, 16)
+    config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
     texts = Texts(folder, meta, config)

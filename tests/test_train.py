@@ -660,6 +660,23 @@ def assert_near(out, other, within):
             assert (tensor - expected[name]).abs().max() < 10 * within, name
 
 
+def test_a_preset_brings_its_recipe_and_flags_win(tiny, call, tmp_path):
+    few = {name: value for name, value in tiny.items() if name not in ("lr", "warmup")} | {"steps": 1, "warmup": 7}
+    assert call(train, *flags(**few, preset="mini", out=tmp_path)).status == 0
+    kept = read_json(tmp_path / "args.json")
+    recipe = train.RECIPES["mini"]
+    assert (kept["lr"], kept["warmup"], kept["steps"]) == (recipe["lr"], 7, 1)
+    assert call(train, "--out", tmp_path, "--resume", "--steps", 2).status == 0
+    assert read_json(tmp_path / "args.json") == kept | {"steps": 2}
+    assert set(train.RECIPES) == set(PRESETS) - {"nano"}
+
+
+@pytest.mark.parametrize("block_size, sequences", [(16, 16), (1024, 16), (3000, 8), (4096, 8), (32768, 1), (131072, 1)])
+def test_a_forward_pass_has_at_most_16_sequences_and_32768_tokens(block_size, sequences):
+    assert train.sequences_at_once(64, block_size) == sequences
+    assert train.sequences_at_once(6, block_size) == math.gcd(6, sequences)
+
+
 def test_accumulation_is_one_batch(finished, tiny, call, tmp_path):
     for size in (1, 2):
         out = tmp_path / str(size)
