@@ -1100,11 +1100,11 @@ def main():
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     ddp = compiled
     if ranks.world > 1:
-        ddp = nn.parallel.DistributedDataParallel
+        wrap = nn.parallel.DistributedDataParallel
         # Buffers are not broadcast: every rank counts its own tokens, and the balancing biases are equal anyway.
-        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the flag's name from PyTorch 2.13 on
+        new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the flag's name from PyTorch 2.13 on
         own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        ddp = ddp(compiled, gradient_as_bucket_view=True, **own_buffers)
+        ddp = wrap(compiled, gradient_as_bucket_view=True, **own_buffers)
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
