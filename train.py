@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
-    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, load_safetensors, multiplied,
-    parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, forward_flops,
+    load_safetensors, parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -220,10 +220,8 @@ def rates(device, dtype):
 
 
 def flops_a_token(config, active, block_size):
-    """6 operations for each active weight and each of the LM head, forward and backward, and causal attention: a
-    token's scores and sum of values over half the block on average, 2 operations each, three forwards' worth."""
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size / 2
-    return 6 * multiplied(config, active) + attention
+    """Forward, and twice that backward; a token's past is half the block on average."""
+    return 3 * forward_flops(config, active, block_size / 2)
 
 
 def memory_plan(model, optimizer, tokens):
@@ -1008,6 +1006,15 @@ def open_run(out, flags, step):
     return open(out / "log.jsonl", "a", buffering=1)
 
 
+def averaging(model):
+    """model, its gradients averaged over the ranks while the backward pass goes on. Buffers are not: every rank counts
+    its own tokens, and the balancing biases are equal anyway."""
+    wrap = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the flag's name from PyTorch 2.13 on
+    own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return wrap(model, gradient_as_bucket_view=True, **own_buffers)
+
+
 def prefetched(items):
     """The same items, each made by a thread while the one before it is used."""
     with ThreadPoolExecutor(1) as thread:
@@ -1098,13 +1105,7 @@ def main():
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
     config.compile = device.type == "cuda" if config.compile is None else config.compile
     compiled = torch.compile(model, dynamic=False) if config.compile else model
-    ddp = compiled
-    if ranks.world > 1:
-        wrap = nn.parallel.DistributedDataParallel
-        # Buffers are not broadcast: every rank counts its own tokens, and the balancing biases are equal anyway.
-        new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the flag's name from PyTorch 2.13 on
-        own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        ddp = wrap(compiled, gradient_as_bucket_view=True, **own_buffers)
+    ddp = averaging(compiled) if ranks.world > 1 else compiled
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:

@@ -331,7 +331,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Gives each token one of E experts, or the skip class, whose output is zero (Mixture of Depths)."""
+    """Gives each token one of E experts, or the skip class: then it passes the experts of this layer by."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -588,6 +588,7 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
+        # The same without a gradient: no copy of a bf16 head; and one row, when decoding, in the faster way for that.
         hidden, shape = hidden.flatten(0, -2), hidden.shape[:-1]
         one_in_fp32 = len(hidden) == 1 and self.head.dtype == torch.float32
         return (product if one_in_fp32 else times_fp32)(hidden, self.head).unflatten(0, shape)
@@ -600,9 +601,8 @@ class Zaya(nn.Module):
         hidden = self.hidden_states(tokens, cache)
         if targets is None:
             return self.logits(hidden), None
-        return None, LinearCrossEntropy.apply(
-            hidden.flatten(0, 1), self.head, targets.flatten(), torch.is_grad_enabled()
-        )
+        with_gradient = torch.is_grad_enabled()  # said here, for within a Function it is always off
+        return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head, targets.flatten(), with_gradient)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -1843,15 +1843,16 @@ def token_costs(config, context):
     over that much context, bytes of KV cache a token in bf16)."""
     with torch.device("meta"):
         total, active = Zaya(config).parameter_counts()
-    # A product takes 2 operations a weight; so do a query's scores and its sum of values, for every key.
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return total, active, 2 * multiplied(config, active) + attention, kv_bytes
+    return total, active, forward_flops(config, active, context), kv_bytes
 
 
-def multiplied(config, active):
-    """How many weights a token is multiplied with: the active ones and the LM head, which is one of them if untied."""
-    return active + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+def forward_flops(config, active, context):
+    """Operations of a forward pass a token: 2 for each active weight and each of the LM head (which is among the active
+    ones if untied), and as many for each channel of a query's scores and of its sum of values, for every key."""
+    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return 2 * (active + head) + attention
 
 
 def pyplot():
@@ -1892,7 +1893,7 @@ def cost_table():
         twins["  conventional twin"] = replace(config, mlp="dense", attention="mha", cca_without=None)
         for label, twin in twins.items():
             total, active, flops, kv_bytes = token_costs(twin, flags.context)
-            training = 3 * token_costs(twin, flags.context / 2)[2]  # a token's past is half a context on average
+            training = 3 * forward_flops(twin, active, flags.context / 2)  # a token's past: half a context on average
             dollars = training * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
             print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
     print(
