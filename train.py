@@ -923,6 +923,11 @@ def collect_counts(routers, ranks):
     return counts
 
 
+def shares(counts):
+    """Each expert's share of its layer's tokens (L, E), from what collect_counts returns."""
+    return None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True)
+
+
 @torch.no_grad()
 def evaluate(model, tokens, config, ranks, routers):
     """Mean loss over the validation blocks (nats a token), and the load entropy there (None for a dense model)."""
@@ -1153,8 +1158,7 @@ def main():
         loss, norm, stopping = agreed[0].item(), grad_norm.item(), agreed[1].item() > 0
         counts = collect_counts(routers, ranks)
         if math.isfinite(loss) and math.isfinite(norm):
-            load = None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True)
-            optimizer.step(step, load)
+            optimizer.step(step, shares(counts))
             bad_in_a_row = 0
         else:  # skip the update; one bad batch must not spoil the weights
             record["skipped"] += 1

@@ -113,7 +113,7 @@ def one_step(row):
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         counts = train.collect_counts(model.routers, ranks)
-        optimizer.step(50, None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True))
+        optimizer.step(50, train.shares(counts))
         model.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
