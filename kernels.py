@@ -36,53 +36,27 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
-# BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes.
+# BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes; BS: positions of
+# the past at a time. After them, for each architecture: num_warps and num_stages.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
 #   ahead) for a plain product; one for what holds two accumulators or is no product: LDS and registers are better
 #   spent on more waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD.
 # sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; none spills.
+ARCHITECTURES = "gfx942", "sm_90", "other"
 CONFIGS = {
-    "gfx942": {
-        "cca": dict(BT=64, BK=32, num_warps=8, num_stages=1),
-        "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=2),
-        "router": dict(BT=16, BN=32, num_warps=4, num_stages=1),
-        "router_backward": dict(BT=16, BN=32, num_warps=4, num_stages=1),
-        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
-        "swiglu": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=1),
-        "swiglu_backward": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=2),
-        "grouped": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=2),
-        "merge": dict(num_warps=8, num_stages=1),
-        "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
-        "past": dict(BS=64, num_warps=4, num_stages=1),
-    },
-    "sm_90": {
-        "cca": dict(BT=64, BK=64, num_warps=8, num_stages=2),
-        "cca_filters": dict(BT=64, BK=64, num_warps=4, num_stages=3),
-        "router": dict(BT=32, BN=32, num_warps=8, num_stages=1),
-        "router_backward": dict(BT=16, BN=32, num_warps=8, num_stages=1),
-        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
-        "swiglu": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=4),
-        "swiglu_backward": dict(BM=128, BN=64, BK=64, num_warps=8, num_stages=3),
-        "grouped": dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3),
-        "merge": dict(num_warps=8, num_stages=1),
-        "few": dict(BF=4, BK=1024, num_warps=4, num_stages=1),
-        "past": dict(BS=64, num_warps=4, num_stages=2),
-    },
-    "other": {
-        "cca": dict(BT=32, BK=32, num_warps=4, num_stages=1),
-        "cca_filters": dict(BT=32, BK=32, num_warps=4, num_stages=1),
-        "router": dict(BT=32, BN=32, num_warps=4, num_stages=1),
-        "router_backward": dict(BT=16, BN=32, num_warps=8, num_stages=1),
-        "dispatch": dict(BT=32, BD=256, num_warps=4, num_stages=1),
-        "swiglu": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
-        "swiglu_backward": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
-        "grouped": dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2),
-        "merge": dict(num_warps=4, num_stages=1),
-        "few": dict(BF=4, BK=512, num_warps=4, num_stages=1),
-        "past": dict(BS=32, num_warps=4, num_stages=1),
-    },
+    "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 2), (32, 32, 4, 1)),
+    "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
+    "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
+    "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
+    "swiglu": ("BM BN BK", (128, 64, 64, 8, 1), (128, 64, 64, 8, 4), (64, 64, 32, 4, 2)),
+    "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "merge": ("", (8, 1), (8, 1), (4, 1)),
+    "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
+    "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
 PROGRAMS = 1216  # of a kernel that loops over its work: 4 for each of an MI300X's 304 CUs, 9 for each of an H200's SMs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy: slow, exact
@@ -100,7 +74,11 @@ def architecture():
 
 
 def config(kernel):
-    return CONFIGS.get(launch.architecture or architecture(), CONFIGS["other"])[kernel]
+    """The constants and launch options of a kernel on the GPU at hand."""
+    names, *values = CONFIGS[kernel]
+    by_architecture = dict(zip(ARCHITECTURES, values))
+    own = by_architecture.get(launch.architecture or architecture(), by_architecture["other"])
+    return dict(zip([*names.split(), "num_warps", "num_stages"], own))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +124,24 @@ def block(size, least=16):
 
 
 @triton.jit
+def load_vector(vector, at, size):
+    """vector[at] in fp32, 0 beyond its end."""
+    return tl.load(vector + at, mask=at < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_matrix(matrix, row, rows, column, columns):
+    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges; row and column broadcast."""
+    return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
+
+
+@triton.jit
+def store_matrix(matrix, row, rows, column, columns, x):
+    """matrix[row, column] = x within its edges, in its dtype."""
+    tl.store(matrix + row * columns + column, x.to(matrix.dtype.element_ty), mask=(row < rows) & (column < columns))
+
+
+@triton.jit
 def product(a, b, acc):
     """acc + a @ b; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -174,6 +170,13 @@ def load_rows(rows, stride, b, t, T, column, columns):
     """rows[b, t, column], 0 beyond the edges. rows (B, T, stride), t (BT), column (BX) -> (BT, BX)."""
     at = rows + (b * T + t)[:, None] * stride + column[None, :]
     return tl.load(at, mask=((t >= 0) & (t < T))[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(rows, stride, b, t, T, column, columns, x):
+    """rows[b, t, column] = x within the edges, in its dtype."""
+    at = rows + (b * T + t)[:, None] * stride + column[None, :]
+    tl.store(at, x.to(rows.dtype.element_ty), mask=(t < T)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
@@ -254,7 +257,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             inside = (t < T)[:, None] & (column < Hk * h)[None, :]
             x = tl.load(qkv + (b * T + row) * stride + H * h + column[None, :], mask=inside & (row >= 0), other=0.0)
             x += tl.load(v_before + b * HALF_V + column[None, :] - HALF_V + row * 0, mask=inside & (row < 0), other=0.0)
-            tl.store(v + (b * T + t)[:, None] * (Hk * h) + column[None, :], x, mask=inside)
+            store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
         x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
         # Normalise, rotate
@@ -262,11 +265,10 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
         length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
         x = turn(x * (length / norm)[:, None], cos, sin, t, T, h, HALF, BT, BH, 1)
         # Write
-        mask = (t < T)[:, None] & (c < h)[None, :]
         if head < Hq:
-            tl.store(q + ((b * T + t) * Hq + head)[:, None] * h + c[None, :], x.to(q.dtype.element_ty), mask=mask)
+            store_rows(q, Hq * h, b, t, T, head * h + c, (head + 1) * h, x)
         else:
-            tl.store(k + ((b * T + t) * Hk + head - Hq)[:, None] * h + c[None, :], x.to(k.dtype.element_ty), mask=mask)
+            store_rows(k, Hk * h, b, t, T, (head - Hq) * h + c, (head - Hq + 1) * h, x)
 
 
 @triton.jit
@@ -296,10 +298,8 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
     grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
     # Write
+    store_rows(grad, H * h, b, t, T, head * h + c, (head + 1) * h, grad_x)
     inside = (t < T)[:, None] & (c < h)[None, :]
-    tl.store(
-        grad + (b * T + t)[:, None] * (H * h) + head * h + c[None, :], grad_x.to(grad.dtype.element_ty), mask=inside
-    )
     own = partial + ((b * tl.num_programs(0) + tl.program_id(0)) * H + head) * (h + 1)
     tl.store(own + c, tl.sum(tl.where(inside, grad_x, 0.0), axis=0), mask=c < h)
     tl.store(own + h, tl.sum(tl.where(t < T, along, 0.0), axis=0) * tl.sqrt(h * 1.0))
@@ -313,18 +313,16 @@ def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
-    at = grad_qkv + (b * T + t)[:, None] * stride
     if head == H:
         for c0 in range(0, Hk * h, BH):
             column = c0 + c
             row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int32)
-            mask = (column < Hk * h)[None, :]
-            x = tl.load(grad_v + (b * T + row) * (Hk * h) + column[None, :], mask=mask & (row < T), other=0.0)
-            tl.store(at + H * h + column[None, :], x, mask=mask & (t < T)[:, None])
+            x = load_matrix(grad_v + b * T * Hk * h, row, T, column[None, :], Hk * h)
+            store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
         x = convolve(grad, grad, filters, b, t, head, T, H * h, H, h, TAPS, BT, BH, BK, True)
         x += mean_with_partners(grad, b, t, head, T, H * h, Hq, Hk, h, BH, True)
-        tl.store(at + head * h + c[None, :], x.to(grad_qkv.dtype.element_ty), mask=(t < T)[:, None] & (c < h)[None, :])
+        store_rows(grad_qkv, stride, b, t, T, head * h + c, (head + 1) * h, x)
 
 
 @triton.jit
@@ -457,12 +455,6 @@ def gelu_slope(x):
 
 
 @triton.jit
-def load_matrix(matrix, row, rows, column, columns):
-    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges; row and column broadcast."""
-    return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
-
-
-@triton.jit
 def think(a, W1, b1, W2, b2, R: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
     """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32."""
     c = tl.arange(0, BR)
@@ -470,10 +462,10 @@ def think(a, W1, b1, W2, b2, R: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr
     for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
         w1 = load_matrix(W1, n[None, :], R, c[:, None], R)
-        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + tl.load(b1 + n, mask=n < R, other=0.0)[None, :]
+        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + load_vector(b1, n, R)[None, :]
         w2 = load_matrix(W2, c[None, :], R, n[:, None], R)
         acc = product(gelu(first).to(a.dtype), w2, acc)
-    return acc + tl.load(b2 + c, mask=c < R, other=0.0)[None, :]
+    return acc + load_vector(b2, c, R)[None, :]
 
 
 @triton.jit
@@ -507,11 +499,10 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
-        g = tl.load(gamma + c, mask=c < R, other=0.0)
-        x += load_matrix(before, n[:, None], N, c[None, :], R) * g[None, :]
-    tl.store(state + n[:, None] * R + c[None, :], x, mask=(n < N)[:, None] & (c < R)[None, :])
+        x += load_matrix(before, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
+    store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    a = x * inverse[:, None] * tl.load(norm + c, mask=c < R, other=0.0)[None, :]
+    a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
     thought = gelu(think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, R, BT, BR, BN)).to(W1.dtype.element_ty)
     largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
     best = tl.full((BT,), float("-inf"), tl.float32)
@@ -547,7 +538,7 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     # Forward again
     x = tl.load(state + at, mask=inside, other=0.0)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    weight = tl.load(norm + c, mask=c < R, other=0.0)
+    weight = load_vector(norm, c, R)
     a = (x * inverse[:, None] * weight[None, :]).to(dtype)
     tl.store(normed + at, a, mask=inside)
     second = think(a, W1, b1, W2, b2, R, BT, BR, BN)
@@ -556,7 +547,7 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
     # Third layer: d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
     chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
-    dp = tl.load(grad_p + n, mask=n < N, other=0.0)
+    dp = load_vector(grad_p, n, N)
     p_chosen = tl.zeros((BT,), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
@@ -567,7 +558,7 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
         e = e0 + tl.arange(0, BE)
         p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
         dz = ((dp * p_chosen)[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
-        tl.store(grad_logits + n[:, None] * CLASSES + e[None, :], dz, mask=(n < N)[:, None] & (e < CLASSES)[None, :])
+        store_matrix(grad_logits, n[:, None], N, e[None, :], CLASSES, dz)
         g = product(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
     # Second layer
     g = g * gelu_slope(second)
@@ -579,13 +570,12 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
         w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
-        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + tl.load(b1 + u, mask=u < R, other=0.0)[None, :]
+        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + load_vector(b1, u, R)[None, :]
         w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
         du = product(g, w2, tl.zeros((BT, BN), tl.float32)) * gelu_slope(first)
         tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
-        at_u, inside_u = n[:, None] * R + u[None, :], (n < N)[:, None] & (u < R)[None, :]
-        tl.store(hidden + at_u, gelu(first).to(dtype), mask=inside_u)
-        tl.store(grad_first + at_u, du.to(dtype), mask=inside_u)
+        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(first))
+        store_matrix(grad_first, n[:, None], N, u[None, :], R, du)
         da = product(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
     # Norm, depth averaging
     x = tl.load(state + at, mask=inside, other=0.0)
@@ -701,37 +691,32 @@ def dispatch_kernel(x, choice, counts, ends, sorted_x, positions, N, D, BT: tl.c
     position = tl.load(ends + at) - tl.load(counts + at) + rank
     if tl.program_id(1) == 0:
         tl.store(positions + n, position, mask=n < N)
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    rows = tl.load(x + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside)
-    tl.store(sorted_x + position[:, None] * D + d[None, :], rows, mask=inside)
+    rows = load_matrix(x, n[:, None].to(tl.int64), N, d[None, :], D)
+    tl.store(sorted_x + position[:, None] * D + d[None, :], rows, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def combine_kernel(y, positions, probability, out, N, D, WEIGHED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Grid (N / BT, D / BD): out[n] = y[positions[n]], times probability[n] if WEIGHED."""
     n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    position = tl.load(positions + n, mask=n < N, other=0)
-    rows = tl.load(y + position[:, None] * D + d[None, :], mask=inside, other=0.0)
+    position = tl.load(positions + n, mask=n < N, other=N)
+    rows = load_matrix(y, position[:, None], N, d[None, :], D)
     if WEIGHED:
-        rows = (rows * tl.load(probability + n, mask=n < N, other=0.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + n.to(tl.int64)[:, None] * D + d[None, :], rows, mask=inside)
+        rows = rows * load_vector(probability, n, N)[:, None]
+    store_matrix(out, n[:, None].to(tl.int64), N, d[None, :], D, rows)
 
 
 @triton.jit
 def combine_backward_kernel(grad, y, positions, probability, grad_y, grad_p, N, D, BT: tl.constexpr, BD: tl.constexpr):
     """Grid (N / BT): grad_y[positions[n]] = probability[n] * grad[n], grad_p[n] = grad[n] . y[positions[n]]."""
     n = tl.program_id(0) * BT + tl.arange(0, BT)
-    position = tl.load(positions + n, mask=n < N, other=0)
-    p = tl.load(probability + n, mask=n < N, other=0.0).to(tl.float32)
+    position, p = tl.load(positions + n, mask=n < N, other=N), load_vector(probability, n, N)
     dot = tl.zeros((BT,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        g = tl.load(grad + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        rows = tl.load(y + position[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        dot += tl.sum(g * rows, axis=1)
-        tl.store(grad_y + position[:, None] * D + d[None, :], (g * p[:, None]).to(grad_y.dtype.element_ty), mask=inside)
+        g = load_matrix(grad, n[:, None].to(tl.int64), N, d[None, :], D).to(tl.float32)
+        dot += tl.sum(g * load_matrix(y, position[:, None], N, d[None, :], D).to(tl.float32), axis=1)
+        store_matrix(grad_y, position[:, None], N, d[None, :], D, g * p[:, None])
     tl.store(grad_p + n, dot.to(grad_p.dtype.element_ty), mask=n < N)
 
 
@@ -852,17 +837,14 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
         gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, D, BK):
             k = k0 + tl.arange(0, BK)
-            rows = tl.load(x + m[:, None] * D + k[None, :], mask=(m < end)[:, None] & (k < D)[None, :], other=0.0)
-            at, inside = u[None, :] * D + k[:, None], (u < F)[None, :] & (k < D)[:, None]
-            gate = product(rows, tl.load(w + at, mask=inside, other=0.0), gate)
-            up = product(rows, tl.load(w + F * D + at, mask=inside, other=0.0), up)
-        inside = (m < end)[:, None] & (u < F)[None, :]
+            rows = load_matrix(x, m[:, None], end, k[None, :], D)
+            gate = product(rows, load_matrix(w, u[None, :], F, k[:, None], D), gate)
+            up = product(rows, load_matrix(w + F * D, u[None, :], F, k[:, None], D), up)
         if KEEP:
-            at = hidden + m[:, None] * 2 * F + u[None, :]
+            inside, at = (m < end)[:, None] & (u < F)[None, :], hidden + m[:, None] * 2 * F + u[None, :]
             tl.store(at, gate.to(hidden.dtype.element_ty), mask=inside)
             tl.store(at + F, up.to(hidden.dtype.element_ty), mask=inside)
-        result = gate * tl.sigmoid(gate) * up
-        tl.store(act + m[:, None] * F + u[None, :], result.to(act.dtype.element_ty), mask=inside)
+        store_matrix(act, m[:, None], end, u[None, :], F, gate * tl.sigmoid(gate) * up)
 
 
 @triton.jit
@@ -883,22 +865,21 @@ def grouped_kernel(x, weight, offsets, out, hidden, act, K, M, stride_e, stride_
         acc = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            rows = tl.load(x + m[:, None] * K + k[None, :], mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)
+            rows = load_matrix(x, m[:, None], end, k[None, :], K)
             columns_ = tl.load(w + c[None, :] * stride_m + k[:, None] * stride_k,
                                mask=(c < M)[None, :] & (k < K)[:, None], other=0.0)  # fmt: skip
             acc = product(rows, columns_, acc)
-        inside = (m < end)[:, None] & (c < M)[None, :]
         if SWIGLU_BACKWARD:
-            at = m[:, None] * 2 * M + c[None, :]
+            inside, at = (m < end)[:, None] & (c < M)[None, :], m[:, None] * 2 * M + c[None, :]
             gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(hidden + at + M, mask=inside, other=0.0).to(tl.float32)
             share = tl.sigmoid(gate)
-            tl.store(act + m[:, None] * M + c[None, :], (gate * share * up).to(act.dtype.element_ty), mask=inside)
+            store_matrix(act, m[:, None], end, c[None, :], M, gate * share * up)
             tl.store(out + at + M, (acc * gate * share).to(out.dtype.element_ty), mask=inside)
             acc *= up * share * (1 + gate * (1 - share))
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
         else:
-            tl.store(out + m[:, None] * M + c[None, :], acc.to(out.dtype.element_ty), mask=inside)
+            store_matrix(out, m[:, None], end, c[None, :], M, acc)
 
 
 @triton.jit
@@ -914,11 +895,9 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     acc = tl.zeros((BM, BN), tl.float32)
     for n0 in range(start, end, BK):
         n = n0 + tl.arange(0, BK)
-        g = tl.load(grad + n[None, :] * M + m[:, None], mask=(n < end)[None, :] & (m < M)[:, None], other=0.0)
-        rows = tl.load(x + n[:, None] * K + c[None, :], mask=(n < end)[:, None] & (c < K)[None, :], other=0.0)
-        acc = product(g, rows, acc)
-    at = out + expert * M * K + m[:, None].to(tl.int64) * K + c[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (c < K)[None, :])
+        g = load_matrix(grad, n[None, :], end, m[:, None], M)
+        acc = product(g, load_matrix(x, n[:, None], end, c[None, :], K), acc)
+    store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
 
 
 def tiles_of(kernel, N, M, E):
@@ -1003,15 +982,11 @@ def experts(x, gate_up, down, offsets):
 def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD: tl.constexpr):
     """Grid (N)."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    inside = d < D
-    x = (tl.load(stream + n * D + d, mask=inside, other=0.0) + tl.load(b_r + d, mask=inside, other=0.0)) * tl.load(
-        s_r + d, mask=inside, other=0.0
-    )
-    o = tl.load(out + n * D + d, mask=inside, other=0.0).to(tl.float32)
-    x += (o + tl.load(b_o + d, mask=inside, other=0.0)) * tl.load(s_o + d, mask=inside, other=0.0)
-    tl.store(new + n * D + d, x, mask=inside)
-    x *= tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * tl.load(weight + d, mask=inside, other=0.0)
-    tl.store(normed + n * D + d, x.to(normed.dtype.element_ty), mask=inside)
+    x = (load_vector(stream + n * D, d, D) + load_vector(b_r, d, D)) * load_vector(s_r, d, D)
+    x += (load_vector(out + n * D, d, D) + load_vector(b_o, d, D)) * load_vector(s_o, d, D)
+    tl.store(new + n * D + d, x, mask=d < D)
+    x *= tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * load_vector(weight, d, D)
+    tl.store(normed + n * D + d, x.to(normed.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -1021,23 +996,20 @@ def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o
     times out + b_o, and of the gradient of normed times new / its root mean square."""
     d = tl.arange(0, BD)
     inside = d < D
-    sr, br = tl.load(s_r + d, mask=inside, other=0.0), tl.load(b_r + d, mask=inside, other=0.0)
-    so, bo = tl.load(s_o + d, mask=inside, other=0.0), tl.load(b_o + d, mask=inside, other=0.0)
-    w = tl.load(weight + d, mask=inside, other=0.0)
+    sr, br, w = load_vector(s_r, d, D), load_vector(b_r, d, D), load_vector(weight, d, D)
+    so, bo = load_vector(s_o, d, D), load_vector(b_o, d, D)
     sum_g, sum_gx = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     sum_go, sum_gn = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     for n in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):  # 64 bits: n * D may be large
-        at = n * D + d
-        x = tl.load(stream + at, mask=inside, other=0.0) + br
-        o = tl.load(out + at, mask=inside, other=0.0).to(tl.float32) + bo
+        x, o = load_vector(stream + n * D, d, D) + br, load_vector(out + n * D, d, D) + bo
         new = x * sr + o * so
         inverse = tl.rsqrt(tl.sum(new * new, axis=0) / D + eps)
         new *= inverse
-        gn = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        gn = load_vector(grad_normed + n * D, d, D)
         g = (gn * w - new * (tl.sum(gn * w * new, axis=0) / D)) * inverse
-        g += tl.load(grad_new + at, mask=inside, other=0.0)
-        tl.store(grad_stream + at, g * sr, mask=inside)
-        tl.store(grad_out + at, (g * so).to(grad_out.dtype.element_ty), mask=inside)
+        g += load_vector(grad_new + n * D, d, D)
+        tl.store(grad_stream + n * D + d, g * sr, mask=inside)
+        tl.store(grad_out + n * D + d, (g * so).to(grad_out.dtype.element_ty), mask=inside)
         sum_g, sum_gx, sum_go, sum_gn = sum_g + g, sum_gx + g * x, sum_go + g * o, sum_gn + gn * new
     own = partial + tl.program_id(0) * 4 * D + d
     tl.store(own, sum_g, mask=inside)
@@ -1109,10 +1081,9 @@ def few_swiglu_kernel(x, choice, gate_up, act, D, F, BF: tl.constexpr, BK: tl.co
     gate, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
-        at, inside = u[:, None] * D + k[None, :], (u < F)[:, None] & (k < D)[None, :]
-        row = tl.load(x + n * D + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
-        gate += tl.sum(tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
-        up += tl.sum(tl.load(w + F * D + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
+        row = load_vector(x + n * D, k, D)[None, :]
+        gate += tl.sum(load_matrix(w, u[:, None], F, k[None, :], D).to(tl.float32) * row, axis=1)
+        up += tl.sum(load_matrix(w + F * D, u[:, None], F, k[None, :], D).to(tl.float32) * row, axis=1)
     tl.store(act + n * F + u, gate * tl.sigmoid(gate) * up, mask=u < F)
 
 
@@ -1124,9 +1095,8 @@ def few_down_kernel(act, choice, probability, down, out, D, F, BF: tl.constexpr,
     acc = tl.zeros((BF,), tl.float32)
     for k0 in range(0, F, BK):
         k = k0 + tl.arange(0, BK)
-        at, inside = d[:, None] * F + k[None, :], (d < D)[:, None] & (k < F)[None, :]
-        row = tl.load(act + n * F + k, mask=k < F, other=0.0)[None, :]
-        acc += tl.sum(tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * row, axis=1)
+        row = load_vector(act + n * F, k, F)[None, :]
+        acc += tl.sum(load_matrix(w, d[:, None], D, k[None, :], F).to(tl.float32) * row, axis=1)
     tl.store(out + n * D + d, (acc * tl.load(probability + n)).to(out.dtype.element_ty), mask=d < D)
 
 
