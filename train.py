@@ -186,10 +186,7 @@ def faster_dtype(device):
 
 
 def tune_memory():
-    """On a CPU: less time for what is freed and taken again, less memory for what is kept."""
-    # Experts' shares make products of ever new shapes; by default oneDNN keeps its code for the last 1,024 of them.
-    # With 128 nano takes 1.3 GB in place of 1.8, in the same time. Read at oneDNN's first product.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    """On a CPU: less time for memory that is freed and taken again."""
     if sys.platform == "linux":
         # glibc hands freed tensors back to the kernel, only to fault their pages in again: a tenth of a step.
         libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
@@ -222,6 +219,21 @@ def rates(device, dtype):
 def flops_a_token(config, active, block_size):
     """Forward, and twice that backward; a token's past is half the block on average."""
     return 3 * forward_flops(config, active, block_size / 2)
+
+
+class Speed:
+    """What the log says of a step's speed. flops: of a token's operations, this device's share."""
+
+    def __init__(self, flops, device, dtype):
+        self.flops, self.device = flops, device
+        self.peak, self.product = rates(device, dtype)
+
+    def __call__(self, tokens, seconds):
+        rate, power = self.flops * tokens / seconds, watts(self.device)
+        said = {"tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds}
+        said |= {"tflops": rate / 1e12, "of_product": rate / self.product}
+        said |= {"mfu": rate / self.peak} if self.peak else {}
+        return said | ({"watts": power} if power else {})
 
 
 def memory_plan(model, optimizer, tokens):
@@ -362,6 +374,22 @@ def open_data(name, ranks):
         if not isinstance(meta.get(key), (int, float)) or meta[key] <= 0:
             raise ValueError(f"{folder / 'meta.json'} has no valid {key}")
     return folder, meta
+
+
+def open_halves(folder, meta, config, ranks):
+    """The texts of a run's first and second half: the same, or --later_data's from the middle on."""
+    texts = Texts(folder, meta, config)
+    if config.later_data is None:
+        return texts, texts
+    later, later_meta = open_data(config.later_data, ranks)
+    if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
+        raise ValueError(f"--later_data {later} has other tokens than {folder}: prepare it with --tokenizer {folder}")
+    return texts, Texts(later, later_meta, config)
+
+
+def half(step, config):
+    """0 for the steps of a run's first half, 1 for those of its second."""
+    return int(2 * step >= config.steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,12 +687,16 @@ def save_checkpoint(out, step, model, masters, state, tokenizer, record, keep):
         replace_folder(new, final)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        older = sorted(out.glob("step-*[0-9]"))
-        last = f"{older[-1]} is the last good checkpoint" if older else "there is no earlier checkpoint"
-        raise OSError(f"could not save step {step}: {error.strerror or error}; {last}") from None
+        raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(out)}") from None
     for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def last_good(out):
+    """What a message says of a run's newest checkpoint."""
+    saved = sorted(out.glob("step-*[0-9]"))
+    return f"{saved[-1]} is the last good checkpoint" if saved else "there is no checkpoint yet"
 
 
 class Saver:
@@ -929,18 +961,33 @@ def shares(counts):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, config, ranks, routers):
-    """Mean loss over the validation blocks (nats a token), and the load entropy there (None for a dense model)."""
+def evaluate(model, texts, config, ranks, routers):
+    """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
+    unless the model is dense, val_load_entropy."""
     sequences = config.eval_batches * config.micro_batch_size
-    starts = tokens.validation_starts(sequences)[ranks.rank :: ranks.world]
+    starts = texts.val.validation_starts(sequences)[ranks.rank :: ranks.world]
     total = torch.zeros(2, dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
     for i in range(0, len(starts), config.micro_batch_size):
-        inputs, targets = tokens.batch(starts[i : i + config.micro_batch_size], ranks.device)
+        inputs, targets = texts.val.batch(starts[i : i + config.micro_batch_size], ranks.device)
         _, loss = model(inputs, targets)
         total += torch.stack([loss * len(inputs), torch.tensor(float(len(inputs)), device=ranks.device)])
     total = ranks.sum(total)
-    counts = collect_counts(routers, ranks)
-    return (total[0] / total[1]).item(), None if counts is None else load_entropy(counts[:, :-1].float())
+    loss, counts = (total[0] / total[1]).item(), collect_counts(routers, ranks)
+    found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / texts.bytes_per_token)}
+    return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1].float())}
+
+
+def in_words(found):
+    """What evaluate found, for people to read."""
+    if found["val_loss"] is None:
+        return "validation loss is not finite"
+    entropy = f", load entropy {found['val_load_entropy']:.3f}" if "val_load_entropy" in found else ""
+    return f"validation loss {found['val_loss']:.4f} nats a token, {found['val_bpb']:.4f} bits a byte{entropy}"
+
+
+def finite(number):
+    """number, or None where JSON has no word for it."""
+    return number if math.isfinite(number) else None
 
 
 def resolve_flags(given):
@@ -973,14 +1020,17 @@ def new_model(config, given, meta, eot):
     changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
         raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(
-            f"--data has {meta['vocab_size']} token ids, {config.init_from} knows {model.config.vocab_size}"
-        )
+    must_know(meta["vocab_size"], model, config.init_from)
     if config.block_size:
         changes.setdefault("max_position_embeddings", config.block_size)
     model.config = replace(model.config, **changes)
     return model
+
+
+def must_know(token_ids, model, source):
+    """Raises ValueError unless the model read from source knows the data's token ids."""
+    if token_ids > model.config.vocab_size:
+        raise ValueError(f"--data has {token_ids} token ids, {source} knows {model.config.vocab_size}")
 
 
 def checkpoint_to_resume(out, ranks):
@@ -1033,13 +1083,9 @@ def micro_batches(halves, first_step, config, ranks):
     """A rank's (inputs, targets) from first_step to the end of the run, one forward pass after the other."""
     share, size = config.batch_size // ranks.world, config.micro_batch_size
     for step in range(first_step, config.steps):
-        tokens = halves[in_second_half(step, config)].train
+        tokens = halves[half(step, config)].train
         for start in range(ranks.rank * share, (ranks.rank + 1) * share, size):
             yield tokens.training_batch(step, config.batch_size, start, start + size, ranks.device)
-
-
-def in_second_half(step, config):
-    return 2 * step >= config.steps
 
 
 def add_up_gradients(ddp, batches, config, ranks, clock):
@@ -1077,9 +1123,7 @@ def main():
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
-        if model.config.vocab_size < meta["vocab_size"]:
-            known = model.config.vocab_size
-            raise ValueError(f"{folder} has {meta['vocab_size']} token ids, {checkpoint} knows {known}")
+        must_know(meta["vocab_size"], model, checkpoint)
     else:
         model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
     config.block_size = config.block_size or model.config.max_position_embeddings
@@ -1091,15 +1135,7 @@ def main():
     config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
-    texts = Texts(folder, meta, config)
-    halves = texts, texts
-    if config.later_data:
-        later, later_meta = open_data(config.later_data, ranks)
-        if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
-            raise ValueError(
-                f"--later_data {later} has other tokens than {folder}: prepare it with --tokenizer {folder}"
-            )
-        halves = texts, Texts(later, later_meta, config)
+    halves = open_halves(folder, meta, config, ranks)
     config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
@@ -1114,10 +1150,8 @@ def main():
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        val_loss, entropy = evaluate(compiled, texts.val, config, ranks, routers)
-        bits = val_loss / math.log(2) / texts.bytes_per_token
-        line = f"validation loss {val_loss:.4f} nats a token, {bits:.4f} bits a byte"
-        ranks.first and print(line + (f", load entropy {entropy:.3f}" if entropy is not None else ""))
+        found = evaluate(compiled, halves[0], config, ranks, routers)
+        ranks.first and print(in_words(found))
         return
 
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
@@ -1126,11 +1160,11 @@ def main():
         keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
         log = open_run(out, keep | {"active_parameters": active}, record["step"])
         print(
-            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(texts.train.ids) / 1e6:.1f}M "
+            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
         )
-        peak, product = rates(device, config.dtype)
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
+        speed = Speed(flops, device, config.dtype)
 
     # SIGTERM and Ctrl-C finish the step, save, and leave with status 0.
     asked_to_stop = []
@@ -1138,6 +1172,7 @@ def main():
         signal.signal(number, lambda number, frame: asked_to_stop.append(number))
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
+    texts = halves[half(step - 1, config)]  # of the last step
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
     batches = prefetched(micro_batches(halves, step, config, ranks))
@@ -1145,9 +1180,8 @@ def main():
     while step < config.steps:
         started = time.perf_counter()
         lr = learning_rate(step, config)
-        texts = halves[in_second_half(step, config)]
-        if config.later_data and step == math.ceil(config.steps / 2):
-            record["best"] = None  # so far it was another text's
+        if texts is not halves[half(step, config)]:
+            texts, record["best"] = halves[half(step, config)], None  # the best so far was of another text
 
         loss = add_up_gradients(ddp, batches, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -1166,40 +1200,33 @@ def main():
         model.zero_grad(set_to_none=True)
         step += 1
 
-        # Log, evaluate, save.
+        # Evaluate, log, save.
         seconds = time.perf_counter() - started
         clock.steps.append(1e3 * seconds)
-        entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
-        entry |= {"tokens_per_s": config.batch_size * config.block_size / seconds, "step_ms": 1e3 * seconds}
-        if ranks.first:
-            entry["tflops"] = flops * entry["tokens_per_s"] / 1e12  # of one GPU
-            entry["of_product"] = 1e12 * entry["tflops"] / product
-            entry |= {"mfu": 1e12 * entry["tflops"] / peak} if peak else {}
-            entry |= {"watts": power} if (power := watts(device)) else {}
-        if counts is not None:
-            entry["load_entropy"] = load_entropy(counts[:, :-1].float())
-            if step % load_every == 0 or config.log_every > 1:
-                entry["load"] = counts[:, :-1].tolist()
-        better = False
+        found, better = {}, False
         if step % config.eval_every == 0 or step == config.steps:
             with clock("evaluation"):
-                val_loss, entropy = evaluate(compiled, texts.val, config, ranks, routers)
-            bits = val_loss / math.log(2) / texts.bytes_per_token
-            entry |= {"val_loss": finite(val_loss), "val_bpb": finite(bits)}
-            if entropy is not None:
-                entry["val_load_entropy"] = entropy
-            better = record["best"] is None or val_loss < record["best"]
-            record["best"] = val_loss if better else record["best"]
+                found = evaluate(compiled, texts, config, ranks, routers)
+            new, best = found["val_loss"], record["best"]
+            better = new is not None and (best is None or new < best)
+            record["best"] = new if better else best
         if ranks.first:
-            if step % config.log_every == 0 or "val_loss" in entry:
+            entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
+            entry |= {"skipped": record["skipped"]} | speed(config.batch_size * config.block_size, seconds)
+            if counts is not None:
+                entry["load_entropy"] = load_entropy(counts[:, :-1].float())
+                if step % load_every == 0 or config.log_every > 1:
+                    entry["load"] = counts[:, :-1].tolist()
+            entry |= found
+            if step % config.log_every == 0 or found:
                 log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
             saver.wait()
-            saved = sorted(out.glob("step-*[0-9]"))
-            last = f"{saved[-1]} is the last good checkpoint" if saved else "no checkpoint yet"
             bar.close()
-            raise ArithmeticError(f"the loss or the gradient was not finite in ten steps up to step {step}; {last}")
+            raise ArithmeticError(
+                f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
+            )
         due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
         if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
@@ -1221,11 +1248,6 @@ def main():
         dist.destroy_process_group()
 
 
-def finite(number):
-    """number, or None where JSON has no word for it."""
-    return number if math.isfinite(number) else None
-
-
 def report(bar, entry):
     """Move the progress bar on; a line of its own for an evaluation."""
     bar.update()
@@ -1236,12 +1258,8 @@ def report(bar, entry):
     if "load_entropy" in entry:
         shown["load entropy"] = f"{entry['load_entropy']:.3f}"
     bar.set_postfix(shown, refresh=False)
-    if entry.get("val_loss") is not None:
-        entropy = f", load entropy {entry['val_load_entropy']:.3f}" if "val_load_entropy" in entry else ""
-        bar.write(
-            f"step {entry['step']}: validation loss {entry['val_loss']:.4f}, "
-            f"{entry['val_bpb']:.4f} bits a byte{entropy}"
-        )
+    if "val_loss" in entry:
+        bar.write(f"step {entry['step']}: {in_words(entry)}")
 
 
 def report_speed(clock, out):

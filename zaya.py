@@ -1224,22 +1224,22 @@ class ExpertsOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, probability, choice, gate_up, down):
-        order, rows = choice.argsort(stable=True), choice.bincount(minlength=len(down)).tolist()
-        x, p = x.index_select(0, order), probability.index_select(0, order)[:, None]
+        place, rows = places(choice, len(down))
+        x = x.new_zeros(sum(rows), x.shape[1]).index_copy_(0, place, x)
         hidden = products(x, gate_up, rows)
         gate, up = hidden.chunk(2, dim=-1)
         act = F.silu(gate).mul_(up)
-        y = products(act, down, rows)
-        ctx.save_for_backward(x, p, gate_up, down, order, hidden, act, y)
+        y, p = products(act, down, rows).index_select(0, place), probability[:, None]
+        ctx.save_for_backward(x, p, gate_up, down, place, hidden, act, y)
         ctx.rows = rows
-        return torch.empty_like(y).index_copy_(0, order, y * p)
+        return y * p
 
     @staticmethod
     def backward(ctx, grad):
-        x, p, gate_up, down, order, hidden, act, y = ctx.saved_tensors
-        grad = grad.index_select(0, order)
+        x, p, gate_up, down, place, hidden, act, y = ctx.saved_tensors
         grad_p = (grad * y).sum(dim=-1)
-        grad_act = products(grad.mul_(p), down.mT, ctx.rows)
+        grad = grad.new_zeros(len(x), grad.shape[1]).index_copy_(0, place, grad * p)
+        grad_act = products(grad, down.mT, ctx.rows)
         grad_down = weight_products(grad, act, ctx.rows)
         gate, up = hidden.chunk(2, dim=-1)
         grad_hidden = torch.empty_like(hidden)
@@ -1247,9 +1247,23 @@ class ExpertsOnCPU(torch.autograd.Function):
         torch.mul(F.silu(gate), grad_act, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
         grad_gate_up = weight_products(grad_hidden, x, ctx.rows)
-        grad_x = products(grad_hidden, gate_up.mT, ctx.rows)
-        grad_x, grad_p = (torch.empty_like(g).index_copy_(0, order, g) for g in (grad_x, grad_p))
+        grad_x = products(grad_hidden, gate_up.mT, ctx.rows).index_select(0, place)
         return grad_x, grad_p, None, grad_gate_up, grad_down
+
+
+def places(choice, E):
+    """Where each token goes when they are sorted by expert (N), and how many rows each expert has there (E).
+
+    Rows of zeros fill an expert's up to a multiple of a quarter of an even share. For every step has other shares, and
+    oneDNN compiles a product for each shape that it has not seen: 0.6 ms for a product of 0.2. A step of nano takes
+    400 ms so, and 464 to 501 without.
+    """
+    counts = choice.bincount(minlength=E)
+    step = max(1, len(choice) // (4 * E))
+    fill = -counts % step
+    order = choice.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
 def products(x, weight, rows):

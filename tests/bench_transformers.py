@@ -2,7 +2,8 @@
 
     python tests/bench_transformers.py [--rounds 15]
 
-Same weights, same tokens, one process, the two alternating; medians, and the ratio of each pair's times.
+Same weights, one process, the two alternating, each pair on new tokens: as in training, no step's experts have the
+shares of another's. Medians, and the ratio of each pair's times.
 transformers runs its fastest experts on this machine, set_experts_implementation("grouped_mm").
 """
 
@@ -39,9 +40,9 @@ def both_models(config):
         return ours, ZayaForCausalLM.from_pretrained(folder)
 
 
-def seconds(step):
+def seconds(step, *batch):
     start = time.perf_counter()
-    step()
+    step(*batch)
     return time.perf_counter() - start
 
 
@@ -51,25 +52,24 @@ def main():
     rounds = parser.parse_args().rounds
     ours, theirs = both_models(CONFIG)
     theirs.train().set_experts_implementation("grouped_mm")
-    tokens = torch.randint(CONFIG.vocab_size, (BATCH, TIME + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def our_step():
+    def our_step(inputs, targets):
         ours.zero_grad(set_to_none=True)
         loss = ours(inputs, targets)[1]
         loss.backward()
         return loss
 
-    def their_step():
+    def their_step(inputs, targets):
         theirs.zero_grad(set_to_none=True)
         # Their labels are shifted inside; `shift_labels` takes them already shifted, as ours are.
         loss = theirs(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         return loss
 
-    for _ in range(3):
-        difference = (our_step() - their_step()).abs().item()
-    times = [(seconds(our_step), seconds(their_step)) for _ in range(rounds)]
+    texts = torch.randint(CONFIG.vocab_size, (3 + rounds, BATCH, TIME + 1))
+    warm_up, *batches = ((text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts)
+    difference = (our_step(*warm_up) - their_step(*warm_up)).abs().item()
+    times = [(seconds(our_step, *batch), seconds(their_step, *batch)) for batch in batches][2:]
     our_ms, their_ms = (1e3 * statistics.median(column) for column in zip(*times))
     ratio = statistics.median(b / a for a, b in times)
     print(

@@ -169,13 +169,13 @@ def double(*shape):
 
 def test_gradcheck():
     torch.manual_seed(0)
-    order = torch.randperm(7)
+    order, choice = torch.randperm(7), torch.tensor([1, 0, 1, 1, 0, 1] * 3)
     checks = {
         "Normalize": (lambda x, w: zaya.Normalize.apply(x, w, 1e-3), (double(2, 3, 5), double(5))),
         "Permute": (lambda x: zaya.Permute.apply(x, order), (double(7, 3),)),
         "ExpertsOnCPU": (
-            lambda x, p, *weights: zaya.experts_on_cpu(x, p, torch.tensor([2, 0, 3, 2, 2, 0, 2]), *weights),
-            (double(7, 3), double(7), double(4, 4, 3), double(4, 3, 2)),
+            lambda x, p, *weights: zaya.experts_on_cpu(x, p, choice[:17], *weights),
+            (double(17, 3), double(17), double(2, 4, 3), double(2, 3, 2)),
         ),
         "LinearByOneDNN": (zaya.LinearByOneDNN.apply, (double(7, 3), double(2, 3))),
     }
@@ -195,7 +195,7 @@ def assert_same_gradients(function, formula, *inputs):
 
 
 @pytest.mark.parametrize("mkl_is_slow", [False, True])
-@pytest.mark.parametrize("rows", [[7, 0, 20, 1], [28], [0, 0, 28], [0, 0]])
+@pytest.mark.parametrize("rows", [[7, 0, 20, 1], [70, 0, 201, 17], [281], [0, 0, 28], [0, 0]])
 def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
     """By either library, with experts that have no token: the three steps that a GPU takes."""
     monkeypatch.setattr(zaya, "mkl_is_slow", lambda: mkl_is_slow)
@@ -211,6 +211,18 @@ def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
     assert_same_gradients(lambda x, p, *w: zaya.experts_on_cpu(x, p, choice, *w), three_steps, *inputs)
     few = zaya.experts_of_few(inputs[0], inputs[1], choice, *inputs[2:])
     torch.testing.assert_close(few, three_steps(*inputs))
+
+
+def test_rows_of_experts_come_in_few_sizes():
+    """However the tokens fall: and each has a place of its own among those of its expert."""
+    sizes = set()
+    for seed in range(20):
+        choice = torch.randint(8, (512,), generator=torch.Generator().manual_seed(seed))
+        place, rows = zaya.places(choice, 8)
+        ends = torch.tensor(rows).cumsum(dim=0)
+        assert len(place.unique()) == 512 and torch.bucketize(place, ends, right=True).equal(choice)
+        sizes |= set(rows)
+    assert len(sizes) < 5
 
 
 def test_products_and_norm_in_float32():
