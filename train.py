@@ -355,7 +355,8 @@ class Texts:
 
     def __init__(self, folder, meta, config):
         cut = partial(Tokens, block_size=config.block_size, seed=config.seed, meta=meta)
-        self.train, self.val, self.bytes_per_token = cut(folder, "train"), cut(folder, "val"), meta["bytes_per_token"]
+        self.train, self.val = cut(folder, "train"), cut(folder, "val")
+        self.name, self.bytes_per_token = folder.name, meta["bytes_per_token"]
 
 
 def open_data(name, ranks):
@@ -379,7 +380,7 @@ def open_data(name, ranks):
 def open_halves(folder, meta, config, ranks):
     """The texts of a run's first and second half: the same, or --later_data's from the middle on."""
     texts = Texts(folder, meta, config)
-    if config.later_data is None:
+    if not config.later_data:
         return texts, texts
     later, later_meta = open_data(config.later_data, ranks)
     if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
@@ -1172,7 +1173,6 @@ def main():
         signal.signal(number, lambda number, frame: asked_to_stop.append(number))
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
-    texts = halves[half(step - 1, config)]  # of the last step
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
     batches = prefetched(micro_batches(halves, step, config, ranks))
@@ -1180,8 +1180,9 @@ def main():
     while step < config.steps:
         started = time.perf_counter()
         lr = learning_rate(step, config)
-        if texts is not halves[half(step, config)]:
-            texts, record["best"] = halves[half(step, config)], None  # the best so far was of another text
+        texts = halves[half(step, config)]
+        if record.get("best_of") != texts.name:  # so far it was of another text
+            record |= {"best": None, "best_of": texts.name}
 
         loss = add_up_gradients(ddp, batches, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -1203,22 +1204,22 @@ def main():
         # Evaluate, log, save.
         seconds = time.perf_counter() - started
         clock.steps.append(1e3 * seconds)
-        found, better = {}, False
+        entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
+        if ranks.first:
+            entry |= speed(config.batch_size * config.block_size, seconds)
+        if counts is not None:
+            entry["load_entropy"] = load_entropy(counts[:, :-1].float())
+            if step % load_every == 0 or config.log_every > 1:
+                entry["load"] = counts[:, :-1].tolist()
+        better = False  # and worth a checkpoint: what just went wrong can wait
         if step % config.eval_every == 0 or step == config.steps:
             with clock("evaluation"):
-                found = evaluate(compiled, texts, config, ranks, routers)
-            new, best = found["val_loss"], record["best"]
-            better = new is not None and (best is None or new < best)
+                entry |= evaluate(compiled, texts, config, ranks, routers)
+            new, best = entry["val_loss"], record["best"]
+            better = new is not None and (best is None or new < best) and not bad_in_a_row
             record["best"] = new if better else best
         if ranks.first:
-            entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-            entry |= {"skipped": record["skipped"]} | speed(config.batch_size * config.block_size, seconds)
-            if counts is not None:
-                entry["load_entropy"] = load_entropy(counts[:, :-1].float())
-                if step % load_every == 0 or config.log_every > 1:
-                    entry["load"] = counts[:, :-1].tolist()
-            entry |= found
-            if step % config.log_every == 0 or found:
+            if step % config.log_every == 0 or "val_loss" in entry:
                 log.write(json.dumps(entry) + "\n")
             report(bar, entry)
         if bad_in_a_row == 10:
@@ -1227,7 +1228,7 @@ def main():
             raise ArithmeticError(
                 f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
             )
-        due = (better or step % config.save_every == 0) and not bad_in_a_row  # what just went wrong can wait
+        due = better or (step % config.save_every == 0 and not bad_in_a_row)
         if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
                 saver.save(step, record, best=better)

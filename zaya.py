@@ -588,10 +588,10 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        # The same without a gradient: no copy of a bf16 head; and one row, when decoding, in the faster way for that.
-        hidden, shape = hidden.flatten(0, -2), hidden.shape[:-1]
-        one_in_fp32 = len(hidden) == 1 and self.head.dtype == torch.float32
-        return (product if one_in_fp32 else times_fp32)(hidden, self.head).unflatten(0, shape)
+        # Without a gradient: on a GPU no fp32 copy of a bf16 head; a single fp32 row by the product made for one.
+        rows = hidden.flatten(0, -2)
+        multiply = product if len(rows) == 1 and self.head.dtype == torch.float32 else times_fp32
+        return multiply(rows, self.head).unflatten(0, hidden.shape[:-1])
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
@@ -601,7 +601,7 @@ class Zaya(nn.Module):
         hidden = self.hidden_states(tokens, cache)
         if targets is None:
             return self.logits(hidden), None
-        with_gradient = torch.is_grad_enabled()  # said here, for within a Function it is always off
+        with_gradient = torch.is_grad_enabled()  # asked here, for inside a Function it is always off
         return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head, targets.flatten(), with_gradient)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -641,7 +641,8 @@ class Zaya(nn.Module):
                 token, next_token = pick(self.hidden_states(tokens, cache)[:, -1]), None
 
     def decoder(self, cache, pick):
-        """The fastest function here from a token (B) to the next, which pick chooses of what the LM head sees."""
+        """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
+        sees."""
         use_kernels(self.kernels)
         if Decoder.suits(self):
             decoder = Decoder(self, cache)
@@ -663,8 +664,8 @@ class Zaya(nn.Module):
         new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
         tokens = torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
         if eos_token_id is not None:  # on a GPU some may have come after the last text's end
-            speaking = (tokens[:, T:] != eos_token_id).any(dim=0).nonzero()
-            tokens = tokens[:, : T + 1 + (int(speaking[-1]) + 1 if len(speaking) else 0)]
+            unended = int((tokens[:, T:] != eos_token_id).any(dim=0).sum())  # steps in which some text had not ended
+            tokens = tokens[:, : T + unended + 1]
         return tokens
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -694,13 +695,12 @@ class Zaya(nn.Module):
         if not files:
             raise FileNotFoundError(f"{path} has no model.safetensors")
         headers = {file: safetensors_header(file) for file in files}
-        stored = {name: dtype for entries, _ in headers.values() for name, (dtype, *_) in entries.items()}
+        stored = {name: kind for entries, _ in headers.values() for name, (kind, *_) in entries.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
-        embedding = stored.get("model.embed_tokens.weight", torch.float32)
-        model.cast(dtype or embedding).to_empty(device=device)
+        model.cast(dtype or stored.get("model.embed_tokens.weight", torch.float32)).to_empty(device=device)
         for router in model.routers:
-            router.counts.zero_()
+            router.counts.zero_()  # no checkpoint holds it
         model.load_official(headers)
         return model
 
@@ -757,12 +757,11 @@ class LayerCache:
         self.positions = None  # of the newest tokens (T)
 
     def shift(self, qk, v_late):
-        """Take in the columns (B, T, C) and delayed values (B, T, Hk * h / 2) of new tokens; return those before."""
-        T, v_before = qk.shape[1], self.v_late.clone()
-        columns = torch.cat([self.columns, qk], dim=1)
-        self.columns.copy_(columns[:, T:])
+        """Take in the columns (B, T, C) and delayed values (B, T, Hk * h / 2) of new tokens; return what was stored."""
+        past, v_before = self.columns.clone(), self.v_late.clone()
+        self.columns.copy_(torch.cat([past, qk], dim=1)[:, qk.shape[1] :])
         self.v_late.copy_(v_late[:, -1:])
-        return columns[:, : columns.shape[1] - T], v_before
+        return past, v_before
 
     def append(self, k, v):
         """Take in the keys and values (B, T, Hk, h) of new tokens; return all S, theirs included."""
@@ -795,14 +794,30 @@ class Cache:
         return positions
 
     def grow(self, tokens):
-        """What the CPU has to know of advance."""
+        """Move on the CPU's own count of the tokens (back, if negative)."""
         self.length += tokens
         for layer in self.layers:
             layer.length = self.length
 
     def state(self):
-        """All that a new token changes but the keys and values, which it only adds to."""
+        """What must be put back for a step to be repeated: not keys and values, which it writes to the same places."""
         return [self.end, *(t for layer in self.layers for t in (layer.columns, layer.v_late))]
+
+
+def sample(logits, temperature, top_k, top_p):
+    """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
+    if temperature < 1e-45:  # the smallest number that fp32 has
+        return logits.argmax(dim=-1)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None:
+        probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))  # back in order of token ids
+    probabilities = logits.softmax(dim=-1)  # torch.multinomial's way to draw one, less its checks
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
 
 def captured(step, cache):
@@ -825,7 +840,7 @@ def captured(step, cache):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         after = step(token)
-    cache.grow(length - cache.length)
+    cache.grow(length - cache.length)  # capturing ran no kernel; only the CPU's count has moved
 
     def replay(new):
         token.copy_(new)
@@ -857,9 +872,13 @@ def experts_of_few(x, probability, choice, gate_up, down):
     return out
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a layer, for
+# each costs microseconds there whatever it does. Skip this section on a first reading.
+
+
 class Decoder:
-    """Decoding on a CPU in float32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a
-    layer, for each costs microseconds there whatever it does. Takes over from a cache that has read the prompt."""
+    """Takes over from a cache that has read the prompt."""
 
     @staticmethod
     def suits(model):
@@ -901,22 +920,22 @@ class Decoder:
 class Product:
     """x (B, in) times a weight (out, in), as fast as that comes from memory.
 
-    One row: MKL's product of a matrix and a vector uses one core, 79 us for 512 x 256 that come from memory, and oneDNN
-    takes 49. As a batch of 16 pieces of the matrix, each times the vector as a column, it is 29 on two cores; for
-    4096 x 256 it is 124, not 544 and 283. Below 2^15 numbers the plain product is the fastest.
+    One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
+    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256 it is 544, 283 and 124. Below 2^15
+    numbers the plain product is the fastest. Of more rows oneDNN takes those times a weight of 2^17 numbers or more.
     """
 
     def __init__(self, weight):
         self.weight, (self.out, self.size) = weight, weight.shape
         self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
         self.in_pieces = weight.view(self.pieces, -1, self.size)
-        self.takes_onednn = ONEDNN and weight.numel() >= 2**17
+        self.by_onednn = ONEDNN and weight.numel() >= 2**17
 
     def __call__(self, x):
         if self.pieces > 1 and len(x) == 1:
             column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
             return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.takes_onednn else F.linear(x, self.weight)
+        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
 
 
 def product(x, weight):
@@ -941,7 +960,7 @@ class DecoderLayer:
     """A Block with all that does not depend on the token computed beforehand.
 
     cca's two convolutions are one here, of P + 1 taps: the first scales channel i by w[i, a], the second mixes by
-    W[b, i, o], tap a + b by their product; and the q-k mean is a product over the heads. GELU(x), which is
+    W[b, i, o], tap a + b by their product; and qk_mean a product with a fixed H x H matrix. GELU(x), which is
     x / 2 (1 + erf(x / sqrt 2)), is (u + u erf u) / sqrt 2 with u = x / sqrt 2: the roots are in the weights around it.
     """
 
@@ -967,9 +986,9 @@ class DecoderLayer:
         bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
         self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
         mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
-        self.mean = mean.mT.expand(B, H, H)
-        # sqrt(h) for a query, less the attention's 1 / sqrt(h); sqrt(h) * temp for a key.
-        self.length = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
+        self.mean_of_heads = mean.mT.expand(B, H, H)
+        # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
+        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
         self.parts, self.turning = (H * h, self.Hk * h // 2, self.Hk * h // 2), (half, half, h - 2 * half)
@@ -979,7 +998,7 @@ class DecoderLayer:
         )
         self.after_experts = *self.merging(block.post_mlp_residual_scale), next_norm
         mlp, root = gate.router_mlp, math.sqrt(0.5)
-        self.down_proj, self.norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
+        self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
         self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
         self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
         self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
@@ -1003,12 +1022,12 @@ class DecoderLayer:
         # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
         qk, v_now, v_late = self.project(normed).split_with_sizes(self.parts, dim=1)
         qk = qk.view(B, H, h)
-        mean = torch.baddbmm(self.bias, self.mean, qk)
+        mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
         columns = torch.cat([self.columns, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
         self.columns = columns.narrow(2, 1, columns.shape[2] - 1)
         x = torch.baddbmm(mean.transpose(0, 1), columns.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
         norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
-        x = x * (self.length / norm)
+        x = x * (self.lengths / norm)
         x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
         q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
         self.k.select(2, position).copy_(k)
@@ -1025,11 +1044,11 @@ class DecoderLayer:
 
     def experts(self, normed, before):
         """normed (B, D), before: the last layer's router state (B, R) or None -> (B, D), state."""
-        bias, weight = self.down_proj
+        bias, weight = self.router_down
         state = torch.addmm(bias, normed, weight)
         state = state if before is None else torch.addcmul(state, before, self.gamma)
         (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
-        u = torch.addmm(bias1, self.norm(state), weight1)
+        u = torch.addmm(bias1, self.router_norm(state), weight1)
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
         probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
         choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
@@ -1044,22 +1063,6 @@ class DecoderLayer:
             return torch.zeros_like(x)
         gate, up = self.gate_up[expert](x).chunk(2, dim=1)
         return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
-
-
-def sample(logits, temperature, top_k, top_p):
-    """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
-    if temperature < 1e-45:  # the smallest number that fp32 has
-        return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None:
-        probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
-        logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))
-    probabilities = logits.softmax(dim=-1)  # torch.multinomial's way to draw one, less its checks
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1214,7 +1217,7 @@ class Permute(torch.autograd.Function):
 def experts_on_cpu(x, probability, choice, gate_up, down):
     """dispatch, experts and combine on a CPU, in few passes over memory."""
     run = ExpertsOnCPU.apply
-    if torch.compiler.is_compiling():  # it looks how many tokens each expert has, which cannot be compiled
+    if torch.compiler.is_compiling():  # its shapes depend on the experts' shares
         run = torch.compiler.disable(run)
     return run(x, probability.to(x.dtype), choice, gate_up, down)
 
@@ -1254,20 +1257,20 @@ class ExpertsOnCPU(torch.autograd.Function):
 def places(choice, E):
     """Where each token goes when they are sorted by expert (N), and how many rows each expert has there (E).
 
-    Rows of zeros fill an expert's up to a multiple of a quarter of an even share. For every step has other shares, and
-    oneDNN compiles a product for each shape that it has not seen: 0.6 ms for a product of 0.2. A step of nano takes
-    400 ms so, and 464 to 501 without.
+    Each expert's rows are filled up with zeros to a multiple of a quarter of an even share. For every step has other
+    shares, and oneDNN compiles a product for each shape that it has not seen: 0.6 ms, for a product of 0.2. A step of
+    nano takes 400 ms this way, 464 to 501 without.
     """
     counts = choice.bincount(minlength=E)
-    step = max(1, len(choice) // (4 * E))
-    fill = -counts % step
+    fill = -counts % max(1, len(choice) // (4 * E))
     order = choice.argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
 def products(x, weight, rows):
-    """x (N, in), cut into E pieces of rows[e] rows, each times its own weight[e].T, weight (E, out, in) -> (N, out)."""
+    """x (sum(rows), in), cut into E pieces of rows[e] rows, each times its own weight[e].T, weight (E, out, in)
+    -> (sum(rows), out)."""
     out = x.new_empty(len(x), weight.shape[1])
     for x_e, w_e, out_e in zip(x.split(rows), weight, out.split(rows)):
         times(x_e, w_e, out=out_e)
@@ -1296,12 +1299,12 @@ def attend_in_blocks(q, k, v, window, size=128):
     out = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        first, last = max(0, before + start + 1 - (window or S)), before + end  # the keys that someone sees
-        seen = visible(before + start, last, first, last, window, q.device)
+        first, stop = max(0, before + start + 1 - (window or S)), before + end  # the keys that some query sees
+        seen = visible(before + start, stop, first, stop, window, q.device)
         bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")).repeat(group, 1)
         queries = q[:, :, start:end].reshape(B * Hk, -1, h)
-        scores = torch.baddbmm(bias, queries, k[:, first:last].mT, alpha=1 / math.sqrt(h))
-        out.append((scores.softmax(dim=-1) @ v[:, first:last]).view(B, Hq, end - start, h))
+        scores = torch.baddbmm(bias, queries, k[:, first:stop].mT, alpha=1 / math.sqrt(h))
+        out.append((scores.softmax(dim=-1) @ v[:, first:stop]).view(B, Hq, end - start, h))
     return torch.cat(out, dim=2).transpose(1, 2).flatten(2)
 
 
@@ -1365,7 +1368,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 LOGITS_AT_ONCE = {False: 2**20, True: 2**28}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
-FEWEST_ROWS = 128  # for a chunk reads the whole head three times
+FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
 
 
 def times_fp32(a, b):
@@ -1478,16 +1481,13 @@ def complete(config):
             f"num_key_value_heads {config.num_key_value_heads}"
         )
     if config.head_dim % 4:
-        raise ValueError(f"head_dim {config.head_dim} is not divisible by 4 (half of it is rotated in pairs)")
+        raise ValueError(f"head_dim {config.head_dim} is not divisible by 4")
     if not 0 < config.partial_rotary_factor <= 1 or config.rotary_dim % 2:
         raise ValueError(
             f"partial_rotary_factor {config.partial_rotary_factor} does not rotate an even number of channels"
         )
-    if (
-        config.rope_theta <= 0
-        or config.sliding_rope_theta <= 0
-        or config.rms_norm_eps <= 0
-        or config.initializer_range <= 0
+    if not all(
+        x > 0 for x in (config.rope_theta, config.sliding_rope_theta, config.rms_norm_eps, config.initializer_range)
     ):
         raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
     if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {"hybrid", "hybrid_sliding"}:
@@ -1498,12 +1498,13 @@ def complete(config):
         raise ValueError(
             f'attention is cca, gqa or mha and mlp is moe or dense, not "{config.attention}" and "{config.mlp}"'
         )
-    config.cca_without = sorted(set(config.cca_without or [])) or None
-    if config.cca_without and (config.attention != "cca" or set(config.cca_without) - set(CCA_PARTS)):
+    without = set(config.cca_without or [])
+    config.cca_without = sorted(without) or None
+    if without and (config.attention != "cca" or without - set(CCA_PARTS)):
         raise ValueError(f"cca_without names parts of attention cca, of {', '.join(CCA_PARTS)}")
-    if "depthwise" in (config.cca_without or []):
+    if "depthwise" in without:
         config.cca_time0 = 1
-    if "grouped" in (config.cca_without or []):
+    if "grouped" in without:
         config.cca_time1 = 1
     if config.router not in ROUTERS:
         raise ValueError(f'router is zaya, no_eda or linear, not "{config.router}"')
@@ -1676,7 +1677,7 @@ def read_json(path):
 
 
 def find_checkpoint(path):
-    """The checkpoint at path: path itself, or the newest of a run directory's. Raises FileNotFoundError."""
+    """The checkpoint at path: path itself, or the newest in a run directory. Raises FileNotFoundError."""
     path = Path(path).expanduser()
     if (path / "config.json").exists():
         return path
@@ -1853,8 +1854,8 @@ def watts(device):
 
 
 def token_costs(config, context):
-    """(parameters, active ones without the embedding, operations of a forward pass a token with its share of attention
-    over that much context, bytes of KV cache a token in bf16)."""
+    """(parameters, active ones without the embedding, operations of a token's forward pass, bytes of KV cache a token
+    in bf16), with attention over `context` tokens."""
     with torch.device("meta"):
         total, active = Zaya(config).parameter_counts()
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -1862,8 +1863,8 @@ def token_costs(config, context):
 
 
 def forward_flops(config, active, context):
-    """Operations of a forward pass a token: 2 for each active weight and each of the LM head (which is among the active
-    ones if untied), and as many for each channel of a query's scores and of its sum of values, for every key."""
+    """Operations of a token's forward pass: 2 for each active weight and each of the LM head (an untied one is active
+    already); and in attention, for every key and channel of the queries, 2 for the score and 2 for the values' sum."""
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     return 2 * (active + head) + attention
