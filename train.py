@@ -353,10 +353,10 @@ class Tokens:
 class Texts:
     """A data folder: the texts to train and to validate on, and the bytes that a validation token has on average."""
 
-    def __init__(self, folder, meta, config):
+    def __init__(self, name, folder, meta, config):
         cut = partial(Tokens, block_size=config.block_size, seed=config.seed, meta=meta)
         self.train, self.val = cut(folder, "train"), cut(folder, "val")
-        self.name, self.bytes_per_token = folder.name, meta["bytes_per_token"]
+        self.name, self.bytes_per_token = name, meta["bytes_per_token"]
 
 
 def open_data(name, ranks):
@@ -379,13 +379,13 @@ def open_data(name, ranks):
 
 def open_halves(folder, meta, config, ranks):
     """The texts of a run's first and second half: the same, or --later_data's from the middle on."""
-    texts = Texts(folder, meta, config)
+    texts = Texts(config.data, folder, meta, config)
     if not config.later_data:
         return texts, texts
     later, later_meta = open_data(config.later_data, ranks)
     if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
         raise ValueError(f"--later_data {later} has other tokens than {folder}: prepare it with --tokenizer {folder}")
-    return texts, Texts(later, later_meta, config)
+    return texts, Texts(config.later_data, later, later_meta, config)
 
 
 def half(step, config):
@@ -1211,7 +1211,7 @@ def main():
             entry["load_entropy"] = load_entropy(counts[:, :-1].float())
             if step % load_every == 0 or config.log_every > 1:
                 entry["load"] = counts[:, :-1].tolist()
-        better = False  # and worth a checkpoint: what just went wrong can wait
+        better = False
         if step % config.eval_every == 0 or step == config.steps:
             with clock("evaluation"):
                 entry |= evaluate(compiled, texts, config, ranks, routers)
@@ -1228,7 +1228,7 @@ def main():
             raise ArithmeticError(
                 f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
             )
-        due = better or (step % config.save_every == 0 and not bad_in_a_row)
+        due = better or (step % config.save_every == 0 and not bad_in_a_row)  # what just went wrong can wait
         if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
                 saver.save(step, record, best=better)
