@@ -37,7 +37,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes; BS: positions of
-# the past at a time. After them, for each architecture: num_warps and num_stages.
+# the past at a time.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
 #   ahead) for a plain product; one for what holds two accumulators or is no product: LDS and registers are better
 #   spent on more waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD.
@@ -45,7 +45,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; none spills.
 ARCHITECTURES = "gfx942", "sm_90", "other"
-CONFIGS = {
+CONFIGS = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 2), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
@@ -65,7 +65,7 @@ DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torc
 
 @lru_cache
 def architecture():
-    """The name of the GPU at hand's."""
+    """That of the GPU at hand, by its compiler's name."""
     if not torch.cuda.is_available():
         return "none"
     if torch.version.hip:
