@@ -45,7 +45,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; none spills.
 ARCHITECTURES = "gfx942", "sm_90", "other"
-CONFIGS = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
+TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 2), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
@@ -57,6 +57,13 @@ CONFIGS = {  # the names of a kernel's sizes; for each architecture, their value
     "merge": ("", (8, 1), (8, 1), (4, 1)),
     "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
+}
+CONFIGS = {
+    architecture: {
+        kernel: dict(zip([*names.split(), "num_warps", "num_stages"], values[i]))
+        for kernel, (names, *values) in TABLE.items()
+    }
+    for i, architecture in enumerate(ARCHITECTURES)
 }
 PROGRAMS = 1216  # of a kernel that loops over its work: 4 for each of an MI300X's 304 CUs, 9 for each of an H200's SMs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy: slow, exact
@@ -75,10 +82,7 @@ def architecture():
 
 def config(kernel):
     """The constants and launch options of a kernel on the GPU at hand."""
-    names, *values = CONFIGS[kernel]
-    by_architecture = dict(zip(ARCHITECTURES, values))
-    own = by_architecture.get(launch.architecture or architecture(), by_architecture["other"])
-    return dict(zip([*names.split(), "num_warps", "num_stages"], own))
+    return CONFIGS.get(launch.architecture or architecture(), CONFIGS["other"])[kernel]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
-    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, choose_device, forward_flops,
-    load_safetensors, parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
+    KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
+    forward_flops, load_safetensors, parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -689,14 +689,14 @@ def save_checkpoint(out, step, model, masters, state, tokenizer, record, keep):
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(out)}") from None
-    for old in sorted(out.glob("step-*[0-9]"))[:-keep]:
+    for old in checkpoints_in(out)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def last_good(out):
     """What a message says of a run's newest checkpoint."""
-    saved = sorted(out.glob("step-*[0-9]"))
+    saved = checkpoints_in(out)
     return f"{saved[-1]} is the last good checkpoint" if saved else "there is no checkpoint yet"
 
 
@@ -1037,7 +1037,7 @@ def must_know(token_ids, model, source):
 def checkpoint_to_resume(out, ranks):
     """A run's newest undamaged checkpoint; None where there is none yet. Raises ValueError if all are damaged."""
     damage = None
-    for checkpoint in sorted(out.glob("step-*[0-9]"), reverse=True):
+    for checkpoint in reversed(checkpoints_in(out)):
         try:
             check(checkpoint)
             return checkpoint

@@ -439,9 +439,8 @@ def dispatch(x, choice, num_experts):
     """Bring the tokens of each expert together: x (N, D) and choice (N), each below num_experts
     -> x sorted by expert (N, D), the row that each token has there (N), where each expert's rows end (E)."""
     order = choice.argsort(stable=True)
-    positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     offsets = (choice[:, None] == torch.arange(num_experts, device=x.device)).sum(dim=0).cumsum(dim=0)
-    return Permute.apply(x, order), positions, offsets.to(torch.int32)
+    return Permute.apply(x, order), inverse(order), offsets.to(torch.int32)
 
 
 @has_kernel
@@ -1173,8 +1172,8 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# Skip this section on a first reading. linear, grouped_linear and Permute are what their names say; normalize is
-# RMSNorm's formula; LinearCrossEntropy is F.cross_entropy of the LM head's logits; attend_in_blocks is attend, and
+# Skip this section on a first reading. linear, grouped_linear, inverse and Permute are what their names say; normalize
+# is RMSNorm's formula; LinearCrossEntropy is F.cross_entropy of the LM head's logits; attend_in_blocks is attend, and
 # ExpertsOnCPU the dispatch, experts and combine of MixtureOfExperts.
 
 
@@ -1200,6 +1199,11 @@ def grouped_linear(x, weight, offsets):
     return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), weight.unbind())])
 
 
+def inverse(order):
+    """The permutation that undoes another (N)."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 class Permute(torch.autograd.Function):
     """x[order], whose gradient is one copy back (autograd's own would add rows one by one)."""
 
@@ -1217,7 +1221,7 @@ class Permute(torch.autograd.Function):
 def experts_on_cpu(x, probability, choice, gate_up, down):
     """dispatch, experts and combine on a CPU, in few passes over memory."""
     run = ExpertsOnCPU.apply
-    if torch.compiler.is_compiling():  # its shapes depend on the experts' shares
+    if torch.compiler.is_compiling():  # the experts' shares, and so its shapes, are known only later
         run = torch.compiler.disable(run)
     return run(x, probability.to(x.dtype), choice, gate_up, down)
 
@@ -1263,8 +1267,7 @@ def places(choice, E):
     """
     counts = choice.bincount(minlength=E)
     fill = -counts % max(1, len(choice) // (4 * E))
-    order = choice.argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    place = inverse(choice.argsort(stable=True))
     return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
@@ -1676,12 +1679,17 @@ def read_json(path):
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def checkpoints_in(run):
+    """A run directory's checkpoints, the newest last."""
+    return sorted(Path(run).glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
 def find_checkpoint(path):
     """The checkpoint at path: path itself, or the newest in a run directory. Raises FileNotFoundError."""
     path = Path(path).expanduser()
     if (path / "config.json").exists():
         return path
-    checkpoints = sorted(path.glob("step-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = checkpoints_in(path)
     if not checkpoints:
         raise FileNotFoundError(f"{path} holds no checkpoint" if path.exists() else f"{path} does not exist")
     return checkpoints[-1]
