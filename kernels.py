@@ -50,11 +50,13 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
     "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "swiglu": ("BM BN BK", (128, 64, 64, 8, 1), (128, 64, 64, 8, 4), (64, 64, 32, 4, 2)),
     "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
+    "cca_step": ("BK", (128, 8, 1), (128, 8, 1), (32, 4, 1)),
     "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
@@ -107,7 +109,8 @@ launch = Launcher()
 
 def operator(function):
     """Make a function that allocates its results and launches kernels a torch operator: torch.compile neither looks
-    into it nor breaks its graph there. Asked for shapes alone, it does the same and launches nothing."""
+    into it nor breaks its graph there. Asked for shapes alone, it does the same and launches nothing. An argument whose
+    name ends in _ is written to."""
 
     def shapes(*args):
         instead = launch.instead
@@ -117,7 +120,8 @@ def operator(function):
         finally:
             launch.instead = instead
 
-    op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=())
+    written = [name for name in function.__annotations__ if name.endswith("_")]
+    op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=written)
     op.register_fake(shapes)
     return op
 
@@ -497,9 +501,9 @@ def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.const
 
 @triton.jit
 def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
-                          state, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
-                          BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT). DEEP: there is a state before. counts (CLASSES) int32 start at 0."""
+                          state, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, ALONE: tl.constexpr,
+                          BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT). DEEP: there is a state before. ALONE: a single program; else counts (CLASSES) int32 start at 0."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -521,10 +525,13 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
         best = tl.maximum(best, top)
     tl.store(probability + n, p_chosen, mask=n < N)
     tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
-    for e0 in range(0, CLASSES, BE):  # integers may be added in any order
+    for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         hits = tl.sum(((chosen[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
-        tl.atomic_add(counts + e, hits, mask=(e < CLASSES) & (hits > 0), sem="relaxed")
+        if ALONE:
+            tl.store(counts + e, hits, mask=e < CLASSES)
+        else:  # integers may be added in any order
+            tl.atomic_add(counts + e, hits, mask=(e < CLASSES) & (hits > 0), sem="relaxed")
 
 
 @triton.jit
@@ -604,13 +611,13 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route."""
-    N, grid, shape = router_shape("router", r, W3)
+    N, grid, shape = router_shape("router" if len(r) > 16 else "router_of_few", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
-    choice = r.new_empty(N, dtype=torch.int64)
-    counts = r.new_zeros(len(W3), dtype=torch.int32)
+    choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)
+    counts = (r.new_empty if alone else r.new_zeros)(len(W3), dtype=torch.int32)
     launch(
         router_forward_kernel, grid, r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
-        counts, state, N, DEEP=before is not None, **shape,
+        counts, state, N, DEEP=before is not None, ALONE=alone, **shape,
     )  # fmt: skip
     return probability, choice, counts, state
 
@@ -1069,21 +1076,93 @@ merge_forward.register_autograd(merge_gradient, setup_context=save_for_merge)
 merge = merge_forward
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Decoding: a few tokens through their experts, and one new token's attention over the cache
+# 6. Decoding: one new token's CCA and its attention over the cache, and a few tokens through their experts
 #
-# Both are bound by memory: the experts' weights, the keys and values. A token reads its own expert's rows and no
-# other's: a program owns BF units and streams their rows through. Attention is split along time, SPLITS programs a key
-# head, each with its own running softmax; a second kernel joins them. How long the cache is, the kernel reads from the
-# GPU: the launch is always the same, so it can be captured, and the work is what the context needs.
+# All are bound by memory: the matrices, the keys and values; and by launches, which is why the first also takes the
+# token into the cache. A token reads its own expert's rows and no other's: a program owns BF units and streams their
+# rows through. Attention is split along time, SPLITS programs a key head, each with its own running softmax; a second
+# kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the same, so it can be
+# captured, and the work is what the context needs.
 
 
 @triton.jit
-def few_swiglu_kernel(x, choice, gate_up, act, D, F, BF: tl.constexpr, BK: tl.constexpr):
+def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
+                    Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
+                    TAPS1: tl.constexpr, EPS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
+    head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
+    H: tl.constexpr = Hq + Hk
+    P: tl.constexpr = TAPS0 + TAPS1 - 2
+    WIDTH: tl.constexpr = (H + Hk) * h
+    position = tl.load(end).to(tl.int64) - 1
+    qkv, recent = qkv + b * WIDTH, recent + b * SIZE * WIDTH
+    newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
+    if head == H:
+        for c0 in range(0, Hk * h, BH):
+            column = c0 + c
+            late, inside = column >= Hk * h // 2, column < Hk * h
+            x = tl.load(qkv + H * h + column, mask=inside, other=0.0)
+            tl.store(newest + H * h + column, x, mask=inside)
+            x = tl.load(before + H * h + column, mask=inside & late, other=x)
+            tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
+    else:
+        # A row of W is h * TAPS1 numbers in one piece; opposite number j stands channel k of the first convolution's
+        # column `tap`, made from the P + 1 columns of the past and of the new token
+        acc = load_vector(W_bias + head * h, c, h)
+        for j0 in range(0, h * TAPS1, BK):
+            j = j0 + tl.arange(0, BK)
+            k, tap, inside = j // TAPS1, j % TAPS1, j < h * TAPS1
+            x = tl.load(w_bias + head * h + k, mask=inside, other=0.0).to(tl.float32)
+            for a in tl.static_range(TAPS0):
+                ago, column = P - tap - a, head * h + k
+                old = recent + (position + SIZE - ago) % SIZE * WIDTH + column
+                value = tl.load(old, mask=inside & (ago > 0), other=0.0)
+                value += tl.load(qkv + column, mask=inside & (ago == 0), other=0.0)
+                x += value.to(tl.float32) * tl.load(w + column * TAPS0 + a, mask=inside, other=0.0).to(tl.float32)
+            matrix = load_matrix(W + head * h * h * TAPS1, c[:, None], h, j[None, :], h * TAPS1).to(tl.float32)
+            acc += tl.sum(matrix * x[None, :], axis=1)
+        # The rest as in the forward pass of 1, for a block of one token
+        t = tl.arange(0, 1)
+        x = acc[None, :] + mean_with_partners(qkv, 0, t, head, 1, WIDTH, Hq, Hk, h, BH, False)
+        norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
+        length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+        x = turn(x * (length / norm)[:, None], cos, sin, t, 1, h, HALF, 1, BH, 1)
+        if head < Hq:
+            store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)
+        else:
+            store_rows(cache_k, Hk * h, b * S + position, t, 1, (head - Hq) * h + c, (head - Hq + 1) * h, x)
+        tl.store(newest + head * h + c, tl.load(qkv + head * h + c, mask=c < h), mask=c < h)
+
+
+@operator
+def cca_step_forward(
+    qkv: Tensor, recent_: Tensor, k_: Tensor, v_: Tensor, end: Tensor, w: Tensor, w_bias: Tensor, W: Tensor,
+    W_bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor,
+) -> Tensor:  # fmt: skip
+    """As zaya.cca_step, with what its cache holds."""
+    B, (S, Hk, h), H, c = len(qkv), k_.shape[1:], len(W) // W.shape[1], config("cca_step")
+    q = qkv.new_empty(B, 1, H - Hk, h)
+    launch(
+        cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
+        SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2], EPS=EPS,
+        BH=block(h), **c,
+    )  # fmt: skip
+    return q
+
+
+def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
+    buffers = cache.recent, cache.k, cache.v, cache.end
+    return cca_step_forward(qkv.contiguous(), *buffers, *depthwise, *grouped, temp, cos, sin)
+
+
+@triton.jit
+def few_swiglu_kernel(x, choice, gate_up, act, E, D, F, BF: tl.constexpr, BK: tl.constexpr):
     """Grid (F / BF, N): BF units of one token's expert. act (N, F) fp32."""
     n, u = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
-    w = gate_up + tl.load(choice + n) * 2 * F * D
+    expert = tl.load(choice + n)
+    w = gate_up + expert * 2 * F * D
     gate, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
-    for k0 in range(0, D, BK):
+    for k0 in range(0, tl.where(expert < E, D, 0), BK):  # of a skipped token nothing is read, and zeros stay
         k = k0 + tl.arange(0, BK)
         row = load_vector(x + n * D, k, D)[None, :]
         gate += tl.sum(load_matrix(w, u[:, None], F, k[None, :], D).to(tl.float32) * row, axis=1)
@@ -1092,12 +1171,13 @@ def few_swiglu_kernel(x, choice, gate_up, act, D, F, BF: tl.constexpr, BK: tl.co
 
 
 @triton.jit
-def few_down_kernel(act, choice, probability, down, out, D, F, BF: tl.constexpr, BK: tl.constexpr):
+def few_down_kernel(act, choice, probability, down, out, E, D, F, BF: tl.constexpr, BK: tl.constexpr):
     """Grid (D / BF, N): BF columns of one token's result."""
     n, d = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
-    w = down + tl.load(choice + n) * D * F
+    expert = tl.load(choice + n)
+    w = down + expert * D * F
     acc = tl.zeros((BF,), tl.float32)
-    for k0 in range(0, F, BK):
+    for k0 in range(0, tl.where(expert < E, F, 0), BK):
         k = k0 + tl.arange(0, BK)
         row = load_vector(act + n * F, k, F)[None, :]
         acc += tl.sum(load_matrix(w, d[:, None], D, k[None, :], F).to(tl.float32) * row, axis=1)
@@ -1107,10 +1187,10 @@ def few_down_kernel(act, choice, probability, down, out, D, F, BF: tl.constexpr,
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), F, c = x.shape, down.shape[2], config("few")
+    (N, D), (E, _, F), c = x.shape, down.shape, config("few")
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
-    launch(few_swiglu_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, act, D, F, **c)
-    launch(few_down_kernel, (cdiv(D, c["BF"]), N), act, choice, probability, down, out, D, F, **c)
+    launch(few_swiglu_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, act, E, D, F, **c)
+    launch(few_down_kernel, (cdiv(D, c["BF"]), N), act, choice, probability, down, out, E, D, F, **c)
     return out
 
 
@@ -1195,14 +1275,12 @@ def can_run_on(device):
 
 def unsupported(name, *args):
     """Why a kernel cannot take these arguments; None if it can."""
-    if name in ("cca", "dispatch", "combine", "experts", "experts_of_few", "attend_past"):
-        dtype = args[0].dtype
-    else:  # route: of its matrices; merge: of what is added
-        dtype = args[5][0].dtype if name == "route" else args[1].dtype
+    # route: that of its matrices; merge: of what is added
+    dtype = args[5][0].dtype if name == "route" else args[1 if name == "merge" else 0].dtype
     if dtype not in DTYPES:
         return f"{dtype} is not supported" + (" by Triton's interpreter" if INTERPRETED else "")
-    if name == "cca" and args[4][0].shape[1] > 256:
-        return f"head_dim {args[4][0].shape[1]} is above 256"
+    if name in ("cca", "cca_step") and (h := args[4 if name == "cca" else 3][0].shape[1]) > 256:
+        return f"head_dim {h} is above 256"
     if name == "cca" and torch.is_grad_enabled() and (args[1].requires_grad or args[2].requires_grad):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:

@@ -284,21 +284,31 @@ class CCA(nn.Module):
         self.conv_qk_depthwise = nn.Conv1d(C, C, config.cca_time0, groups=C)
         self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
 
-    def project(self, x, cache):
-        """x (B, T, D) -> qkv, past and v_before, as cca takes them."""
-        parts = [self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed]
-        qkv = linear(x, torch.cat([part.weight for part in parts]))
-        B, late = len(x), self.v_proj_delayed.out_features
-        C = qkv.shape[2] - 2 * late
-        if cache is None:
-            return qkv, qkv.new_zeros(B, self.past_columns, C), qkv.new_zeros(B, 1, late)
-        return qkv, *cache.shift(qkv[..., :C], qkv[..., -late:])
+    def projection(self, cache):
+        """The four matrices as one (C + Hk * h, D), which a cache keeps: while it lives, the model does not change."""
+        if cache is not None and cache.projection is not None:
+            return cache.projection
+        parts = self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed
+        weight = torch.cat([part.weight for part in parts])
+        if cache is not None:
+            cache.projection = weight
+        return weight
+
+    def before(self, qkv, cache):
+        """past and v_before, as cca takes them; a cache then remembers qkv."""
+        if cache is not None:
+            return cache.remember(qkv)
+        B, late = len(qkv), self.v_proj_delayed.out_features
+        return qkv.new_zeros(B, self.past_columns, qkv.shape[2] - 2 * late), qkv.new_zeros(B, 1, late)
 
     def forward(self, x, temp, cos, sin, cache):
-        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h)."""
-        qkv, past, v_before = self.project(x, cache)
+        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, S, Hk, h), with a cache those of the past, too."""
+        qkv = linear(x, self.projection(cache))
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
-        return cca(qkv, past, v_before, *convolutions, temp, cos, sin)
+        if cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
+            return cca_step(qkv, cache, *convolutions, temp, cos, sin), *cache.keys_and_values()
+        q, k, v = cca(qkv, *self.before(qkv, cache), *convolutions, temp, cos, sin)
+        return q, *(cache.append(k, v) if cache is not None else (k, v))
 
 
 class Attention(nn.Module):
@@ -317,8 +327,6 @@ class Attention(nn.Module):
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
         q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
-        if cache is not None:
-            k, v = cache.append(k, v)
         if cache is None or q.shape[1] > 1:
             out = attend(q, k, v, self.window)
         else:  # decoding
@@ -364,7 +372,9 @@ class Router(nn.Module):
         probability, choice, counts, state = route(
             r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
         )
-        self.counts += counts
+        # Not while text is written, when nobody asks for them. (torch.compile cannot ask which mode that is.)
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            self.counts += counts
         return probability, choice, counts, state
 
 
@@ -416,18 +426,18 @@ class MixtureOfExperts(nn.Module):
         """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
         shape, x = x.shape, x.flatten(0, 1)
         probability, choice, _, router_state = self.gate(x, router_state)
-        # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
-        probability = probability.masked_fill(choice == self.num_experts, 0.0)
-        y = self.weighed_experts(x, probability, choice.clamp_max(self.num_experts - 1))
-        return y.view(shape), router_state
+        return self.weighed_experts(x, probability, choice).view(shape), router_state
 
     def weighed_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D)."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
-        # First two other ways to what the last two lines say: for few tokens, and on a CPU.
+        # There are two other ways to what this says: for few tokens, and on a CPU.
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
+        # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
+        probability = probability.masked_fill(choice == self.num_experts, 0.0)
+        choice = choice.clamp_max(self.num_experts - 1)
         if x.device.type == "cpu" and not on_kernels(x):
             return experts_on_cpu(x, probability, choice, gate_up, down)
         x, positions, offsets = dispatch(x, choice, self.num_experts)
@@ -569,9 +579,9 @@ class Zaya(nn.Module):
         config, positions = self.config, torch.arange(tokens.shape[1], device=tokens.device)
         if cache:
             positions = cache.advance(positions)
+        thetas = {"hybrid": config.rope_theta, "hybrid_sliding": config.sliding_rope_theta}
         rotary = {
-            "hybrid": rotary_table(positions, config.rotary_dim, config.rope_theta),
-            "hybrid_sliding": rotary_table(positions, config.rotary_dim, config.sliding_rope_theta),
+            name: rotary_table(positions, config.rotary_dim, thetas[name]) for name in sorted(set(config.layer_types))
         }
         stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
@@ -610,7 +620,7 @@ class Zaya(nn.Module):
         """Static buffers for batch_size texts of up to max_len tokens."""
         return Cache(self, batch_size, max_len)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Yield the next token (B) of every text, max_new_tokens times or until all have ended. See generate."""
 
@@ -743,29 +753,41 @@ class Zaya(nn.Module):
 
 
 class LayerCache:
-    """What one layer remembers of the past: all keys and values, and CCA's last columns and last delayed value."""
+    """What one layer remembers of the past: all keys and values, and the last rows of qkv, of which CCA's convolutions
+    and value shift see some. Position t's is row t modulo their number: one more than is seen, so that a step may be
+    repeated."""
 
     def __init__(self, config, batch_size, max_len, end, dtype):
         def zeros(*shape):
             return torch.zeros(batch_size, *shape, device=end.device, dtype=dtype)
 
-        Hk, h = config.num_key_value_heads, config.head_dim
+        Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
-        self.columns = zeros(config.past_columns, (config.num_attention_heads + Hk) * h)  # of [q0 | k0]
-        self.v_late = zeros(1, Hk * h // 2)
+        self.past_columns, self.C, self.late = config.past_columns, (Hq + Hk) * h, Hk * h // 2
+        self.recent = zeros(max(self.past_columns, 1) + 1, self.C + 2 * self.late)
         self.positions = None  # of the newest tokens (T)
+        self.projection = None  # see CCA.projection
 
-    def shift(self, qk, v_late):
-        """Take in the columns (B, T, C) and delayed values (B, T, Hk * h / 2) of new tokens; return what was stored."""
-        past, v_before = self.columns.clone(), self.v_late.clone()
-        self.columns.copy_(torch.cat([past, qk], dim=1)[:, qk.shape[1] :])
-        self.v_late.copy_(v_late[:, -1:])
-        return past, v_before
+    def before(self, position):
+        """What cca calls past and v_before, of the tokens before a position."""
+        size, P = self.recent.shape[1], self.past_columns
+        rows = self.recent[:, (position - torch.arange(size - 1, 0, -1, device=self.end.device)) % size]
+        return rows[:, size - 1 - P :, : self.C], rows[:, -1:, -self.late :]
+
+    def remember(self, qkv):
+        """Take in qkv (B, T, C + Hk * h) of the newest tokens; return past and v_before."""
+        before, size = self.before(self.positions[0]), self.recent.shape[1]
+        self.recent.index_copy_(1, self.positions[-size:] % size, qkv[:, -size:])
+        return before
 
     def append(self, k, v):
-        """Take in the keys and values (B, T, Hk, h) of new tokens; return all S, theirs included."""
+        """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all."""
         self.k.index_copy_(1, self.positions, k)
         self.v.index_copy_(1, self.positions, v)
+        return self.keys_and_values()
+
+    def keys_and_values(self):
+        """(B, S, Hk, h) each."""
         return self.k[:, : self.length], self.v[:, : self.length]
 
 
@@ -798,9 +820,10 @@ class Cache:
         for layer in self.layers:
             layer.length = self.length
 
-    def state(self):
-        """What must be put back for a step to be repeated: not keys and values, which it writes to the same places."""
-        return [self.end, *(t for layer in self.layers for t in (layer.columns, layer.v_late))]
+    def go_back(self, tokens):
+        """Forget the last tokens."""
+        self.end -= tokens
+        self.grow(-tokens)
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -822,24 +845,17 @@ def sample(logits, temperature, top_k, top_p):
 def captured(step, cache):
     """step (token (B) -> next token), which moves cache on, as one launch: a graph of CUDA's or HIP's, replayed."""
     token = torch.zeros(len(cache.layers[0].k), dtype=torch.int64, device=cache.end.device)
-    before, length = [tensor.clone() for tensor in cache.state()], cache.length
-
-    def go_back():
-        for tensor, value in zip(cache.state(), before):
-            tensor.copy_(value)
-        cache.grow(length - cache.length)
-
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles kernels, and sets aside what they need
         for _ in range(2):
             step(token)
-            go_back()
+            cache.go_back(1)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         after = step(token)
-    cache.grow(length - cache.length)  # capturing ran no kernel; only the CPU's count has moved
+    cache.grow(-1)  # capturing ran no kernel; only the CPU's count has moved
 
     def replay(new):
         token.copy_(new)
@@ -848,6 +864,15 @@ def captured(step, cache):
         return after.clone()
 
     return replay
+
+
+@has_kernel
+def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
+    """cca of one new token a text, qkv (B, 1, C + Hk * h), whose past a LayerCache holds -> q (B, 1, Hq, h). The cache
+    takes the token in."""
+    q, k, v = cca(qkv, *cache.remember(qkv), depthwise, grouped, temp, cos, sin)
+    cache.append(k, v)
+    return q
 
 
 @has_kernel
@@ -863,11 +888,12 @@ FEW_TOKENS = 16  # up to here, while decoding, each token's expert is read for i
 @has_kernel
 def experts_of_few(x, probability, choice, gate_up, down):
     """dispatch, experts and combine for a few tokens, without a gradient: reads no expert that nobody chose."""
-    out = torch.empty_like(x)
+    out = torch.zeros_like(x)  # which is what a skipped token adds
     for n, expert in enumerate(choice.tolist()):
-        row = slice(n, n + 1)
-        gate, up = product(x[row], gate_up[expert]).chunk(2, dim=1)
-        out[row] = product(F.silu(gate) * up, down[expert]) * probability[n]
+        if expert < len(down):
+            row = slice(n, n + 1)
+            gate, up = product(x[row], gate_up[expert]).chunk(2, dim=1)
+            out[row] = product(F.silu(gate) * up, down[expert]) * probability[n]
     return out
 
 
@@ -969,11 +995,10 @@ class DecoderLayer:
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_columns + 1
-        # cca's past (H, B, P, h) and its v_before
-        self.columns, self.v_late = cache.columns.view(B, -1, H, h).permute(2, 0, 1, 3), cache.v_late[:, 0]
+        past, v_before = cache.before(cache.length)
+        self.columns, self.v_late = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
-        projections = part.q_proj, part.k_proj, part.v_proj_current, part.v_proj_delayed
-        self.project = Product(torch.cat([p.weight for p in projections]))
+        self.project = Product(part.projection(cache))
         self.o_proj = Product(attention.o_proj.weight)
         w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
         W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
@@ -1085,7 +1110,8 @@ class PartialCCA(CCA):
             delattr(self, f"conv_qk_{convolution}")
 
     def forward(self, x, temp, cos, sin, cache):
-        qkv, past, v_before = self.project(x, cache)
+        qkv = linear(x, self.projection(cache))
+        past, v_before = self.before(qkv, cache)
         (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
         qk, v_now, v_late = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
         mixed = torch.cat([past, qk], dim=1)
@@ -1099,7 +1125,9 @@ class PartialCCA(CCA):
         if "value_shift" not in self.without:
             v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
         mixed = rotate(normalize_heads(mixed.view(B, T, Hq + Hk, -1), temp), cos, sin).to(qkv.dtype)
-        return *mixed.split([Hq, Hk], dim=2), torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
+        q, k = mixed.split([Hq, Hk], dim=2)
+        v = torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
+        return q, *(cache.append(k, v) if cache is not None else (k, v))
 
 
 class PlainProjection(nn.Module):
@@ -1116,7 +1144,8 @@ class PlainProjection(nn.Module):
         q, k, v = (
             linear(x, part.weight).unflatten(-1, (-1, self.h)) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
+        q, k = rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype)
+        return q, *(cache.append(k, v) if cache is not None else (k, v))
 
 
 class LonelyRouter(Router):

@@ -3,6 +3,7 @@
 """
 
 import argparse
+import copy
 import re
 import subprocess
 import tempfile
@@ -34,19 +35,22 @@ def cases(config, B, T, device, dtype):
     C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
     angles = torch.rand(T, 1, c.rotary_dim // 2, device=device)
     choice = torch.randint(E, (N,), device=device)
-    depthwise, grouped = random(C, 1, c.cca_time0), random(C, h, c.cca_time1, scale=h**-0.5)
+    convolutions = (random(C, 1, c.cca_time0), random(C)), (random(C, h, c.cca_time1, scale=h**-0.5), random(C))
+    temp = random(Hk, dtype=fp32)
     qkv, past, v_before = random(B, T, C + Hk * h), random(B, P, C, grad=False), random(B, 1, Hk * h // 2, grad=False)
     W1, W2, W3 = (random(units, R, scale=R**-0.5) for units in (R, R, E + 1))
     gate_up, down = random(E, 2 * F, D, scale=D**-0.5), random(E, D, F, scale=F**-0.5)
     rows, scales = random(N, D), [random(D, dtype=fp32) for _ in range(5)]
     ends = (torch.arange(1, E + 1, device=device, dtype=torch.int32) * N // E).to(torch.int32)
-    cache = [random(1, 8 * T, Hk, h, grad=False) for _ in range(2)]
     length = torch.full((), 8 * T, dtype=torch.int32, device=device)
+    cache = zaya.LayerCache(c, 1, 8 * T, length, dtype)
+    for tensor in (cache.recent, cache.k, cache.v):
+        tensor.normal_()
+    cache.length, cache.positions = 8 * T, torch.tensor([8 * T - 1], device=device)
     weights = 3 * E * F * D * size
     return {
         "cca": (
-            (qkv, past, v_before, (depthwise, random(C)), (grouped, random(C)), random(Hk, dtype=fp32),
-             angles.cos(), angles.sin()),
+            (qkv, past, v_before, *convolutions, temp, angles.cos(), angles.sin()),
             2 * qkv.numel() * size, 2 * N * C * h * c.cca_time1, 3 * qkv.numel() * size, 4 * N * C * h * c.cca_time1,
         ),
         "route": (
@@ -66,12 +70,18 @@ def cases(config, B, T, device, dtype):
             (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
             N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
         ),
+        "cca_step": (
+            (qkv[:1, :1].detach(), cache, *(tuple(t.detach() for t in pair) for pair in convolutions), temp.detach(),
+             angles[:1].cos(), angles[:1].sin()),
+            C * h * c.cca_time1 * size, 2 * C * h * c.cca_time1, 0, 0,
+        ),
         "experts_of_few": (
             (rows[:1].detach(), random(1, dtype=fp32, grad=False), choice[:1], gate_up.detach(), down.detach()),
             weights // E, 6 * D * F, 0, 0,
         ),
         "attend_past": (
-            (random(1, 1, Hq, h, grad=False), *cache, length), 2 * cache[0].numel() * size, 4 * 8 * T * Hq * h, 0, 0
+            (random(1, 1, Hq, h, grad=False), cache.k, cache.v, length), 2 * cache.k.numel() * size,
+            4 * cache.k.numel() * Hq // Hk, 0, 0
         ),
     }  # fmt: skip
 
@@ -97,13 +107,17 @@ def evaluate(function, args):
 def in_fp32(args):
     """Copies of arguments, for a reference."""
 
-    def copy(x):
+    def in_fp32_too(x):
         if isinstance(x, tuple):
             return in_fp32(x)
+        if isinstance(x, zaya.LayerCache):
+            x = copy.copy(x)
+            x.recent, x.k, x.v = x.recent.float(), x.k.float(), x.v.float()
+            return x
         floats = isinstance(x, Tensor) and x.is_floating_point()
         return x.detach().float().requires_grad_(x.requires_grad) if floats else x
 
-    return tuple(copy(x) for x in args)
+    return tuple(in_fp32_too(x) for x in args)
 
 
 def errors(eager, kernel, args):
@@ -245,15 +259,17 @@ def compile_for(architecture):
     )
 
     def compile_and_print(kernel, args, constants):
-        label = kernel.__name__ + (" (SwiGLU)" if constants.get("SWIGLU_BACKWARD") else "")
+        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)"}
+        label = kernel.__name__ + "".join(text for name, text in variants.items() if constants.get(name))
         if label not in seen:
             seen.add(label)
             numbers = resources(*compile_kernel(kernel, args, constants, triton.backends.compiler.GPUTarget(*target)))
             print(f"{label:32}" + "".join(f"{n:12,}" for n in numbers), flush=True)
 
     kernels.launch.instead, kernels.launch.architecture = compile_and_print, architecture
-    for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], 4, 4096, "meta", torch.bfloat16).items():
-        evaluate(getattr(kernels, name), args)[1]()
+    for B, T in ((4, 4096), (1, 1)):
+        for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], B, T, "meta", torch.bfloat16).items():
+            evaluate(getattr(kernels, name), args)[1]()
 
 
 def main():

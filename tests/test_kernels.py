@@ -22,7 +22,7 @@ SMALL = ZayaConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8, num_experts=5,
     moe_intermediate_size=40, router_hidden_size=24, vocab_size=50,
 )  # fmt: skip
-FUNCTIONS = ["cca", "route", "dispatch", "experts", "combine", "merge", "experts_of_few", "attend_past"]
+FUNCTIONS = ["cca", "route", "dispatch", "experts", "combine", "merge", "cca_step", "experts_of_few", "attend_past"]
 SHAPES = {  # batch, tokens, and what differs from SMALL
     "tails": (2, 37, {}),
     "one token": (1, 1, {}),
@@ -116,6 +116,28 @@ def test_attention_sees_the_true_length(length, window):
     for way in ("eager", "triton"):
         zaya.use_kernels(way)
         found.append(zaya.attend_past(q, k, v, torch.tensor(length, dtype=torch.int32), window))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("taps", [(2, 2), (3, 2), (1, 1)])
+@pytest.mark.parametrize("position", [0, 1, 2, 7])
+def test_a_new_token_enters_the_cache(position, taps):
+    """...at its own place and nowhere else, in two texts."""
+    config, found = replace(SMALL, num_key_value_heads=2, cca_time0=taps[0], cca_time1=taps[1]), []
+    args, end = cases(config, 2, 1, "cpu", torch.float32)["cca"][0], torch.tensor(position + 1, dtype=torch.int32)
+    for way in ("eager", "triton"):
+        cache = zaya.LayerCache(config, 2, 9, end, torch.float32)
+        generator, cache.length, cache.positions = (
+            torch.Generator().manual_seed(0),
+            position + 1,
+            torch.tensor([position]),
+        )
+        buffers = cache.recent, cache.k, cache.v
+        for buffer in buffers:
+            buffer.normal_(generator=generator)
+        zaya.use_kernels(way)
+        with torch.no_grad():
+            found.append([zaya.cca_step(args[0], cache, *args[3:]), *buffers])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
@@ -230,7 +252,7 @@ def test_compiles_without_that_gpu(architecture):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(
-        r"^(\w+_kernel)(?: \(SwiGLU\))? +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M
+        r"^(\w+_kernel)(?: \(\w+\))? +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M
     )
     table = [(name, *(int(n.replace(",", "")) for n in numbers)) for name, *numbers in rows]
     tree = ast.parse((ROOT / "kernels.py").read_text())
