@@ -39,7 +39,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes; BS: positions of
 # the past at a time.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
-#   ahead) for a plain product; one for what holds two accumulators or is no product: LDS and registers are better
+#   ahead) for a plain product; one for what does more around it or is no product: LDS and registers are better
 #   spent on more waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD.
 # sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
 # other: small enough for every GPU, and for the interpreter.
@@ -52,7 +52,7 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
-    "swiglu": ("BM BN BK", (128, 64, 64, 8, 1), (128, 64, 64, 8, 4), (64, 64, 32, 4, 2)),
+    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 128, 64, 8, 4), (64, 64, 32, 4, 2)),
     "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
@@ -816,7 +816,7 @@ def count_tiles(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """A tile's expert, its first row, where that expert's rows end, and the number of its column tile.
+    """A tile's expert, its rows (BM), where that expert's rows end, and the number of its column tile.
 
     Tiles are counted down GROUP row tiles before the next column, so that what runs at one time shares its operands.
     """
@@ -830,7 +830,21 @@ def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.
     expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
     mine = tl.arange(0, EP) == expert
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
-    return expert, row, tl.sum(tl.where(mine, end, 0), axis=0), column_tile
+    end = tl.sum(tl.where(mine, end, 0), axis=0)
+    return expert.to(tl.int64), row.to(tl.int64) + tl.arange(0, BM), end, column_tile
+
+
+@triton.jit
+def tile_product(x, m, end, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr):  # fmt: skip
+    """Rows m (BM) of x, those before `end`, times rows `column` (BN) of w (M, K), by its strides -> (BM, BN) fp32."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        a = load_matrix(x, m[:, None], end, k[None, :], K)
+        at = w + column[None, :] * stride_m + k[:, None] * stride_k
+        acc = product(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
+    return acc
 
 
 @triton.jit
@@ -838,19 +852,18 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN of its F units. weight (E, 2F, D).
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, the gate and the up of each side
+    by side: a single wide product. weight (E, 2F, D).
     """
-    columns = tl.cdiv(F, BN)
+    UNITS: tl.constexpr = BN // 2
+    columns, c = tl.cdiv(F, UNITS), tl.arange(0, BN)
     for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
-        expert, row, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
-        m, u = row.to(tl.int64) + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
-        w = weight + expert.to(tl.int64) * 2 * F * D
-        gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, D, BK):
-            k = k0 + tl.arange(0, BK)
-            rows = load_matrix(x, m[:, None], end, k[None, :], D)
-            gate = product(rows, load_matrix(w, u[None, :], F, k[:, None], D), gate)
-            up = product(rows, load_matrix(w + F * D, u[None, :], F, k[:, None], D), up)
+        expert, m, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+        unit = column_tile * UNITS + c // 2
+        w = weight + expert * 2 * F * D
+        acc = tile_product(x, m, end, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
+        gate, up = tl.split(tl.reshape(acc, (BM, UNITS, 2)))
+        u = column_tile * UNITS + tl.arange(0, UNITS)
         if KEEP:
             inside, at = (m < end)[:, None] & (u < F)[None, :], hidden + m[:, None] * 2 * F + u[None, :]
             tl.store(at, gate.to(hidden.dtype.element_ty), mask=inside)
@@ -870,16 +883,9 @@ def grouped_kernel(x, weight, offsets, out, hidden, act, K, M, stride_e, stride_
     """
     columns = tl.cdiv(M, BN)
     for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
-        expert, row, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
-        m, c = row.to(tl.int64) + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
-        w = weight + expert.to(tl.int64) * stride_e
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, K, BK):
-            k = k0 + tl.arange(0, BK)
-            rows = load_matrix(x, m[:, None], end, k[None, :], K)
-            columns_ = tl.load(w + c[None, :] * stride_m + k[:, None] * stride_k,
-                               mask=(c < M)[None, :] & (k < K)[:, None], other=0.0)  # fmt: skip
-            acc = product(rows, columns_, acc)
+        expert, m, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+        c = column_tile * BN + tl.arange(0, BN)
+        acc = tile_product(x, m, end, weight + expert * stride_e, c, c < M, K, stride_m, stride_k, BM, BN, BK)
         if SWIGLU_BACKWARD:
             inside, at = (m < end)[:, None] & (c < M)[None, :], m[:, None] * 2 * M + c[None, :]
             gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
@@ -943,7 +949,7 @@ def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, k
     """As zaya.experts; and, to keep for the backward pass, [gate | up] (N, 2F)."""
     (N, D), (E, _, F) = x.shape, down.shape
     act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, 2 * F)
-    grid, shape = tiles_of("swiglu", N, F, E)
+    grid, shape = tiles_of("swiglu", N, 2 * F, E)
     launch(swiglu_kernel, grid, x, gate_up, offsets, hidden, act, D, F, KEEP=keep, **shape)
     return grouped_product(act, down, offsets), hidden
 
