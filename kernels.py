@@ -537,11 +537,11 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
 @triton.jit
 def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice, normed,
                            hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
-                           R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
-                           BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+                           R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
+                           BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
     factors of the matrices' gradients: normed, hidden, thought_ (what entered the three layers), grad_first,
-    grad_second, grad_logits. partial (N / BT, 4, R): sums for norm, gamma, b1, b2."""
+    grad_second, grad_logits (with zeros up to its WIDTH). partial (N / BT, 4, R): sums for norm, gamma, b1, b2."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     dtype: tl.constexpr = W1.dtype.element_ty
     at, inside = n[:, None] * R + c[None, :], (n < N)[:, None] & (c < R)[None, :]
@@ -569,7 +569,7 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
         e = e0 + tl.arange(0, BE)
         p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
         dz = ((dp * p_chosen)[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
-        store_matrix(grad_logits, n[:, None], N, e[None, :], CLASSES, dz)
+        store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
         g = product(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
     # Second layer
     g = g * gelu_slope(second)
@@ -629,17 +629,17 @@ def router_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
     N, grid, shape = router_shape("router_backward", state, W3)
-    R = shape["R"]
+    R, width = shape["R"], cdiv(len(W3), 16) * 16  # rows of 17 numbers would make the product below a slow one
     normed, hidden, thought, grad_first, grad_second = (W1.new_empty(N, R) for _ in range(5))
-    grad_logits, grad_r = W1.new_empty(N, len(W3)), torch.empty_like(state)
+    grad_logits, grad_r = W1.new_empty(N, width), torch.empty_like(state)
     partial = state.new_empty(grid[0], 4, R)
     launch(
         router_backward_kernel, grid, grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice,
-        normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, DEEP=before is not None,
-        **shape,
+        normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
+        DEEP=before is not None, **shape,
     )  # fmt: skip
-    d_W1, d_W2, d_W3 = grad_first.t() @ normed, grad_second.t() @ hidden, grad_logits.t() @ thought
-    return grad_r, d_W1, d_W2, d_W3, partial.sum(dim=0)
+    d_W3 = (grad_logits.t() @ thought)[: len(W3)].clone()
+    return grad_r, grad_first.t() @ normed, grad_second.t() @ hidden, d_W3, partial.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
@@ -852,8 +852,8 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, the gate and the up of each side
-    by side: a single wide product. weight (E, 2F, D).
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, gate and up of each side by side,
+    so that it is a single product. weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
     columns, c = tl.cdiv(F, UNITS), tl.arange(0, BN)

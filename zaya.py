@@ -1375,20 +1375,26 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradient):
-        N, V = len(hidden), len(weight)
+        N, V, on_gpu = len(hidden), len(weight), hidden.is_cuda
+        if V % VOCABULARY_MULTIPLE[on_gpu]:  # classes without a token, and so without a probability
+            weight = F.pad(weight, (0, 0, 0, -V % VOCABULARY_MULTIPLE[on_gpu]))
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        rows = max(FEWEST_ROWS, LOGITS_AT_ONCE[hidden.is_cuda] // V)
+        chunks = math.ceil(N / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
+        rows = math.ceil(N / chunks)
         for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            log_p = times_fp32(x, weight).log_softmax(dim=1)
+            logits = times_fp32(x, weight)
+            if len(weight) > V:
+                logits[:, V:] = float("-inf")
+            log_p = logits.log_softmax(dim=1)
             picked = log_p.gather(1, y[:, None])
             loss -= picked.sum() / N
             if with_gradient:  # N * d loss / d logits = softmax - one_hot
                 grad = log_p.exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).to(weight.dtype)
                 grad_hidden[start : start + rows] = times(grad, weight.t())
                 grad_weight += times(grad.t(), x.t())
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:V])
         ctx.weight_dtype = weight.dtype
         return loss
 
@@ -1401,6 +1407,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 LOGITS_AT_ONCE = {False: 2**20, True: 2**28}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
 FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
+VOCABULARY_MULTIPLE = {False: 1, True: 64}  # a GPU's fast products want rows that begin at multiples of 16 bytes
 
 
 def times_fp32(a, b):

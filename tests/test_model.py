@@ -281,10 +281,12 @@ def test_every_parameter_learns_from_the_first_step(twin):
 # Loss
 
 
-@pytest.mark.parametrize("rows", [1, 70, 100, 1000])
+@pytest.mark.parametrize("rows, multiple", [(1, 1), (70, 1), (60, 1), (1000, 1), (60, 64)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_chunked_loss_is_cross_entropy(rows, tied, monkeypatch):
-    """In chunks as small as can be, in equal and unequal ones, at once: value, and the gradient of every parameter."""
+def test_chunked_loss_is_cross_entropy(rows, multiple, tied, monkeypatch):
+    """In chunks as small as can be, in equal and unequal ones, at once, with the vocabulary filled up: value, and the
+    gradient of every parameter."""
+    monkeypatch.setattr(zaya, "VOCABULARY_MULTIPLE", {False: multiple})
     monkeypatch.setattr(zaya, "LOGITS_AT_ONCE", {False: rows * SMALL.vocab_size})
     monkeypatch.setattr(zaya, "FEWEST_ROWS", 1)
     model, tokens = random_model(tie_word_embeddings=tied), random_tokens(10, 22)
