@@ -852,8 +852,8 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, gate and up of each side by side,
-    so that it is a single product. weight (E, 2F, D).
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, gate and up of each side by
+    side, so that it is a single product. weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
     columns, c = tl.cdiv(F, UNITS), tl.arange(0, BN)

@@ -1391,7 +1391,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             picked = log_p.gather(1, y[:, None])
             loss -= picked.sum() / N
             if with_gradient:  # N * d loss / d logits = softmax - one_hot
-                grad = log_p.exp_().scatter_add_(1, y[:, None], torch.full_like(picked, -1)).to(weight.dtype)
+                grad = minus_one_hot(log_p.exp_(), y).to(weight.dtype)
                 grad_hidden[start : start + rows] = times(grad, weight.t())
                 grad_weight += times(grad.t(), x.t())
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:V])
@@ -1403,6 +1403,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / len(grad_hidden)
         return grad_hidden * grad, grad_weight.mul_(grad).to(ctx.weight_dtype), None, None
+
+
+def minus_one_hot(p, y):
+    """p (n, V) - one_hot(y). Compiled, it joins what stands around it; scattering would be a pass of its own."""
+    if torch.compiler.is_compiling():
+        return p - (torch.arange(p.shape[1], device=y.device) == y[:, None]).float()
+    return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
 
 
 LOGITS_AT_ONCE = {False: 2**20, True: 2**28}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
