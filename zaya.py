@@ -258,6 +258,8 @@ def attend(q, k, v, window=None):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     else:  # is_causal would align the first query with the first key, wrong where S > T
         mask = visible(S - T, S, 0, S, window, q.device)
+        if q.is_cuda:  # of PyTorch's kernels there, the one that takes a mask wants a key head for each query head
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
