@@ -39,8 +39,9 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes; BS: positions of
 # the past at a time.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
-#   ahead) for a plain product; one for what does more around it or is no product: LDS and registers are better
-#   spent on more waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD.
+#   ahead) for a product; one for what is fused with more or is no product: LDS and registers are better spent on more
+#   waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD; a single program, for
+#   the few tokens of a decoding step, has nobody to wait with, and loads ahead.
 # sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; none spills.
@@ -611,7 +612,8 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route."""
-    N, grid, shape = router_shape("router" if len(r) > 16 else "router_of_few", r, W3)
+    few = len(r) <= 16 and W1[0].nbytes <= 512  # and where two or three stages of W1 and W2 fit
+    N, grid, shape = router_shape("router_of_few" if few else "router", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)
     counts = (r.new_empty if alone else r.new_zeros)(len(W3), dtype=torch.int32)
@@ -1112,8 +1114,8 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
-        # A row of W is h * TAPS1 numbers in one piece; opposite number j stands channel k of the first convolution's
-        # column `tap`, made from the P + 1 columns of the past and of the new token
+        # Number j of a row of W multiplies channel k of the first convolution's result number `tap`, made here of TAPS0
+        # of the last P + 1 tokens
         acc = load_vector(W_bias + head * h, c, h)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)

@@ -288,11 +288,12 @@ class CCA(nn.Module):
 
     def projection(self, cache):
         """The four matrices as one (C + Hk * h, D), which a cache keeps: while it lives, the model does not change."""
-        if cache is not None and cache.projection is not None:
+        keep = cache is not None and not torch.is_grad_enabled()
+        if keep and cache.projection is not None:
             return cache.projection
         parts = self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed
         weight = torch.cat([part.weight for part in parts])
-        if cache is not None:
+        if keep:
             cache.projection = weight
         return weight
 
@@ -374,10 +375,13 @@ class Router(nn.Module):
         probability, choice, counts, state = route(
             r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
         )
-        # Not while text is written, when nobody asks for them. (torch.compile cannot ask which mode that is.)
+        self.count(counts)
+        return probability, choice, counts, state
+
+    def count(self, counts):
+        """Keep account of the choices, but not while text is written. (Inside torch.compile one cannot ask.)"""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             self.counts += counts
-        return probability, choice, counts, state
 
 
 @has_kernel
@@ -434,7 +438,7 @@ class MixtureOfExperts(nn.Module):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D)."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
-        # There are two other ways to what this says: for few tokens, and on a CPU.
+        # Two shorter ways to the same result: for few tokens, here, and on a CPU, below.
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
         # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
@@ -755,9 +759,8 @@ class Zaya(nn.Module):
 
 
 class LayerCache:
-    """What one layer remembers of the past: all keys and values, and the last rows of qkv, of which CCA's convolutions
-    and value shift see some. Position t's is row t modulo their number: one more than is seen, so that a step may be
-    repeated."""
+    """What one layer remembers of the past: all keys and values, and for CCA's convolutions and value shift the last
+    rows of qkv. Position t's is row t % size, and size is one more than is seen, so that a step can be repeated."""
 
     def __init__(self, config, batch_size, max_len, end, dtype):
         def zeros(*shape):
@@ -794,7 +797,7 @@ class LayerCache:
 
 
 class Cache:
-    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few columns.
+    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few rows of qkv.
 
     Its buffers stay where they are, and where a token goes is read from the device: so a step can be captured.
     """
@@ -822,10 +825,10 @@ class Cache:
         for layer in self.layers:
             layer.length = self.length
 
-    def go_back(self, tokens):
-        """Forget the last tokens."""
-        self.end -= tokens
-        self.grow(-tokens)
+    def go_back(self):
+        """Forget the last token. (Of one before it, `recent` may hold no trace any more.)"""
+        self.end -= 1
+        self.grow(-1)
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -852,7 +855,7 @@ def captured(step, cache):
     with torch.cuda.stream(stream):  # compiles kernels, and sets aside what they need
         for _ in range(2):
             step(token)
-            cache.go_back(1)
+            cache.go_back()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -1170,7 +1173,7 @@ class LinearRouter(Router):
 
     def forward(self, x, before):
         chosen = choose(linear(x, self.out_proj.weight).float().softmax(dim=-1), self.balancing_biases)
-        self.counts += chosen[2]
+        self.count(chosen[2])
         return *chosen, None
 
 
@@ -1383,13 +1386,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        chunks = math.ceil(N / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
-        rows = math.ceil(N / chunks)
+        chunks = math.ceil(max(N, 1) / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
+        rows = math.ceil(max(N, 1) / chunks)
         for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            logits = times_fp32(x, weight)
+            log_p = times_fp32(x, weight)  # logits yet; no name shall keep them longer
             if len(weight) > V:
-                logits[:, V:] = float("-inf")
-            log_p = logits.log_softmax(dim=1)
+                log_p[:, V:] = float("-inf")
+            log_p = log_p.log_softmax(dim=1)
             picked = log_p.gather(1, y[:, None])
             loss -= picked.sum() / N
             if with_gradient:  # N * d loss / d logits = softmax - one_hot

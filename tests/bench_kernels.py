@@ -243,9 +243,9 @@ def resources_on_nvidia(compiled, warps):
     return registers, spills, shared, products, waves
 
 
-def compile_for(architecture):
-    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes in bf16, and
-    print what it needs. No GPU is needed."""
+def compile_for(architecture, dtype=torch.bfloat16):
+    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes, and print
+    what it needs. No GPU is needed."""
     if kernels.INTERPRETED:
         raise ValueError("--compile_for cannot work with TRITON_INTERPRET=1")
     target = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}[architecture]
@@ -254,7 +254,7 @@ def compile_for(architecture):
     units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
         "registers", "stack bytes", "shared", "MMA", "warps/SMSP")  # fmt: skip
     print(
-        f"{architecture}, Triton {triton.__version__}, bf16, ZAYA1-8B\n{'kernel':32}"
+        f"{architecture}, Triton {triton.__version__}, {str(dtype)[6:]}, ZAYA1-8B\n{'kernel':32}"
         + "".join(f"{u:>12}" for u in units)
     )
 
@@ -268,7 +268,7 @@ def compile_for(architecture):
 
     kernels.launch.instead, kernels.launch.architecture = compile_and_print, architecture
     for B, T in ((4, 4096), (1, 1)):
-        for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], B, T, "meta", torch.bfloat16).items():
+        for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], B, T, "meta", dtype).items():
             evaluate(getattr(kernels, name), args)[1]()
 
 
@@ -279,5 +279,7 @@ def main():
     parser.add_argument(
         "--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)"
     )
-    architecture = parser.parse_args().compile_for
-    compile_for(architecture) if architecture else report()
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="compile for this (default: bfloat16)")
+    flags = parser.parse_args()
+    compile_for(flags.compile_for, getattr(torch, flags.dtype)) if flags.compile_for else report()

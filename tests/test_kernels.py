@@ -127,14 +127,11 @@ def test_a_new_token_enters_the_cache(position, taps):
     args, end = cases(config, 2, 1, "cpu", torch.float32)["cca"][0], torch.tensor(position + 1, dtype=torch.int32)
     for way in ("eager", "triton"):
         cache = zaya.LayerCache(config, 2, 9, end, torch.float32)
-        generator, cache.length, cache.positions = (
-            torch.Generator().manual_seed(0),
-            position + 1,
-            torch.tensor([position]),
-        )
+        cache.length, cache.positions = position + 1, torch.tensor([position])
         buffers = cache.recent, cache.k, cache.v
+        torch.manual_seed(0)
         for buffer in buffers:
-            buffer.normal_(generator=generator)
+            buffer.normal_()
         zaya.use_kernels(way)
         with torch.no_grad():
             found.append([zaya.cca_step(args[0], cache, *args[3:]), *buffers])
@@ -244,11 +241,12 @@ def test_every_marked_function_has_its_twin():
     assert all(callable(getattr(kernels, name)) for name, _ in marked)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", ["gfx942", "sm_90"])
-def test_compiles_without_that_gpu(architecture):
-    """As configured, at ZAYA1-8B's shapes, no kernel spills, and on an MI300X none needs more than its LDS."""
+def test_compiles_without_that_gpu(architecture, dtype):
+    """As configured, at ZAYA1-8B's shapes, none needs more LDS than there is, and in bf16 none spills."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "kernels.py", "--compile_for", architecture]
+    command = [sys.executable, ROOT / "kernels.py", "--compile_for", architecture, "--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(
@@ -264,11 +262,15 @@ def test_compiles_without_that_gpu(architecture):
         uses = {name: called.union(*(uses.get(c, set()) for c in called)) for name, called in uses.items()}
     assert {name for name, *_ in table} == {name for name in uses if name.endswith("_kernel")}
     for name, registers, spilled, shared, matrix_instructions, waves in table:
-        assert spilled == 0 and waves >= 1 and registers > 0, name
         assert shared <= (65536 if architecture == "gfx942" else 232448), name
-        assert (matrix_instructions > 0) == ("product" in uses[name]), name
+        if dtype == "bfloat16":
+            assert spilled == 0 and waves >= 1 and registers > 0, name
+            assert (matrix_instructions > 0) == ("product" in uses[name]), name
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if architecture == "gfx942" and f"triton=={triton.__version__} " in readme:  # its table is of that version
+    if (architecture, dtype) == (
+        "gfx942",
+        "bfloat16",
+    ) and f"triton=={triton.__version__} " in readme:  # its table is of that version
         shown = re.findall(r"^\| (\w+_kernel) \| ([\d,]+) \| ([\d,]+) \| (\d+) \| (\d+) \|$", readme, re.MULTILINE)
         printed = {(name, registers, shared, *rest) for name, registers, _, shared, *rest in rows}
         assert shown and set(shown) <= printed

@@ -549,6 +549,18 @@ def test_cca_without_shift_does_not_look_back_for_its_values():
     torch.testing.assert_close(v.flatten(2), own)
 
 
+def test_a_cache_keeps_no_gradient_back():
+    """A prompt read without a gradient, and then a token with one: the projections get theirs."""
+    model, tokens = random_model(), random_tokens(1, 5)
+    cache = model.new_cache(1, 5)
+    with torch.no_grad():
+        model(tokens[:, :-1], cache=cache)
+    model(tokens[:, -1:], cache=cache)[0].sum().backward()
+    for name, parameter in model.named_parameters():
+        if "qkv_proj" in name:
+            assert parameter.grad is not None, name
+
+
 class NoQuestions(TorchDispatchMode):
     """Fails where Python asks the device for a number, for which it would have to wait."""
 
