@@ -249,6 +249,15 @@ def turn(
 
 
 @triton.jit
+def normalize_and_turn(x, temp, cos, sin, t, T, head, Hq: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
+                       EPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """From a head's sum to what attention sees."""
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
+    length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+    return turn(x * (length / norm)[:, None], cos, sin, t, T, h, HALF, BT, BH, 1)
+
+
+@triton.jit
 def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v, T, stride, Hq: tl.constexpr,
                        Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr,
                        BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
@@ -269,11 +278,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
         x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
-        # Normalise, rotate
-        norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
-        length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
-        x = turn(x * (length / norm)[:, None], cos, sin, t, T, h, HALF, BT, BH, 1)
-        # Write
+        x = normalize_and_turn(x, temp, cos, sin, t, T, head, Hq, h, HALF, EPS, BT, BH)
         if head < Hq:
             store_rows(q, Hq * h, b, t, T, head * h + c, (head + 1) * h, x)
         else:
@@ -1132,9 +1137,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         # The rest as in the forward pass of 1, for a block of one token
         t = tl.arange(0, 1)
         x = acc[None, :] + mean_with_partners(qkv, 0, t, head, 1, WIDTH, Hq, Hk, h, BH, False)
-        norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
-        length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
-        x = turn(x * (length / norm)[:, None], cos, sin, t, 1, h, HALF, 1, BH, 1)
+        x = normalize_and_turn(x, temp, cos, sin, t, 1, head, Hq, h, HALF, EPS, 1, BH)
         if head < Hq:
             store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)
         else:
