@@ -8,12 +8,12 @@
 fast is said here. Each part below has the same order: the idea as pseudo-code, the kernels, the torch operators that
 launch them, the function that zaya.py calls.
 
-Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX
-columns, X itself rounded up to a power of two where one block must hold it all; what lies beyond an edge is masked.
+Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
+where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked.
 Index arrays:
-  choice     (N)  the expert of token n
+  choice     (N)  the expert of token n (or E, where a token may skip the experts)
   positions  (N)  the row of token n when tokens are sorted by expert
-  offsets    (E)  where each expert's rows end; expert e has rows offsets[e - 1] to offsets[e] - 1
+  offsets    (E)  where each expert's rows end; expert e has rows offsets[e - 1], or 0, to offsets[e] - 1
 
 Rules that all kernels keep: sums in fp32; no atomic addition of floats, so the same run gives the same bits; what a
 program adds up over its tokens goes to a row of its own in a `partial` tensor, and one torch sum finishes the work;
@@ -36,15 +36,15 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
-# BT, BM: tokens a program; BN, BF, BD: columns of its result; BK: how deep one step of a product goes; BS: positions of
-# the past at a time.
+# BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
+# how deep one step of a product goes; BS: positions of the past at a time.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
-#   ahead) for a product; one for what is fused with more or is no product: LDS and registers are better spent on more
-#   waves. The router's 16 tokens make 1,024 programs of 16,384 tokens, and fit 4 waves a SIMD; a single program, for
-#   the few tokens of a decoding step, has nobody to wait with, and loads ahead.
+#   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
+#   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
+#   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
 # sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
 # other: small enough for every GPU, and for the interpreter.
-# `python kernels.py --compile_for` prints what each needs; none spills.
+# `python kernels.py --compile_for` prints what each needs; in bf16 none spills.
 ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 2), (32, 32, 4, 1)),
@@ -61,21 +61,14 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
-CONFIGS = {
-    architecture: {
-        kernel: dict(zip([*names.split(), "num_warps", "num_stages"], values[i]))
-        for kernel, (names, *values) in TABLE.items()
-    }
-    for i, architecture in enumerate(ARCHITECTURES)
-}
 PROGRAMS = 1216  # of a kernel that loops over its work: 4 for each of an MI300X's 304 CUs, 9 for each of an H200's SMs
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy: slow, exact
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 
 @lru_cache
 def architecture():
-    """That of the GPU at hand, by its compiler's name."""
+    """The GPU's, as its compiler names it."""
     if not torch.cuda.is_available():
         return "none"
     if torch.version.hip:
@@ -83,43 +76,37 @@ def architecture():
     return "sm_%d%d" % torch.cuda.get_device_capability()
 
 
+@lru_cache
 def config(kernel):
     """The constants and launch options of a kernel on the GPU at hand."""
-    return CONFIGS.get(launch.architecture or architecture(), CONFIGS["other"])[kernel]
+    names, *columns = TABLE[kernel]
+    values = dict(zip(ARCHITECTURES, columns)).get(architecture(), columns[-1])  # the last is "other"
+    return dict(zip([*names.split(), "num_warps", "num_stages"], values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching, and torch operators
 
-
-class Launcher:
-    """launch(kernel, grid, *args, **constants) is what every operator calls. `instead`, where set, gets the kernel and
-    its arguments, and nothing runs; `architecture`, where set, is taken for the GPU's."""
-
-    instead = architecture = None
-
-    def __call__(self, kernel, grid, *args, **constants):
-        if self.instead:
-            self.instead(kernel, args, constants)
-        else:
-            kernel[grid](*args, **constants)
+shapes_alone = False  # then nothing runs
 
 
-launch = Launcher()
+def launch(kernel, grid, *args, **constants):
+    """What every operator calls."""
+    if not shapes_alone:
+        kernel[grid](*args, **constants)
 
 
 def operator(function):
     """Make a function that allocates its results and launches kernels a torch operator: torch.compile neither looks
-    into it nor breaks its graph there. Asked for shapes alone, it does the same and launches nothing. An argument whose
-    name ends in _ is written to."""
+    into it nor breaks its graph there. An argument whose name ends in _ is written to."""
 
     def shapes(*args):
-        instead = launch.instead
-        launch.instead = instead or (lambda kernel, args, constants: None)
+        global shapes_alone
+        shapes_alone = True
         try:
             return function(*args)
         finally:
-            launch.instead = instead
+            shapes_alone = False
 
     written = [name for name in function.__annotations__ if name.endswith("_")]
     op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=written)
@@ -127,9 +114,13 @@ def operator(function):
     return op
 
 
-def block(size, least=16):
+def save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def block(size):
     """The power of two that holds a whole dimension, at least what a product needs."""
-    return max(least, next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 @triton.jit
@@ -151,8 +142,8 @@ def store_matrix(matrix, row, rows, column, columns, x):
 
 
 @triton.jit
-def product(a, b, acc):
-    """acc + a @ b; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
+def product(a, b, acc=None):
+    """acc + a @ b in fp32; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
@@ -166,12 +157,15 @@ def product(a, b, acc):
 #
 #     acc = bias                                         (BT, h) fp32
 #     for tap, for BK channels:
-#         acc += rows[t - P + tap, channels] @ filters[tap, channels, :]
+#         acc += rows[t - P + tap, channels] @ filters[tap, channels, :]     P = taps - 1 tokens of the past
 #     acc += q-k mean; acc *= length / |acc|; rotate; store
 #
 # The backward pass computes acc again (cheaper than 4 bytes a number stored and read), goes back through rotation and
 # norm to the gradient of acc, and then: that of the rows is the same loop with taps and filters transposed; that of the
 # filters a product over all tokens.
+
+
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # the smallest norm that a head is divided by
 
 
 @triton.jit
@@ -191,7 +185,8 @@ def store_rows(rows, stride, b, t, T, column, columns, x):
 @triton.jit
 def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.constexpr, TAPS: tl.constexpr,
              BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """One head's sum over taps of rows @ filter -> (BT, BH) fp32. BACKWARD: in the other direction of time."""
+    """One head's sum over taps of rows[t - P + tap] @ filters[tap] -> (BT, BH) fp32, P = TAPS - 1.
+    BACKWARD: what leads gradients back, the sum of rows[t + P - tap] @ filters[tap].T."""
     out = tl.arange(0, BH)
     acc = tl.zeros((BT, BH), tl.float32)
     for tap in range(TAPS):
@@ -204,16 +199,15 @@ def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.
                 x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
                              mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
             in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
-            w = tl.load(filters + ((tap * H + head) * h + in_) * h + out_,
-                        mask=(k < h)[:, None] & (out < h)[None, :], other=0.0)  # fmt: skip
-            acc = product(x, w, acc)
+            acc = product(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
     return acc
 
 
 @triton.jit
 def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
                        BH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """A head's part in the q-k mean: half of itself, half of its key or of its queries' mean. BACKWARD: transposed."""
+    """The q-k mean of a head: half of itself, and half of its key or of its queries' mean. BACKWARD, each query gets
+    1 / GROUP of its key's gradient, and the key all of its queries'."""
     GROUP: tl.constexpr = Hq // Hk
     c = tl.arange(0, BH)
     is_key = head >= Hq
@@ -231,7 +225,7 @@ def mix(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: t
     """A head before its norm: convolution, bias and q-k mean -> (BT, BH) fp32."""
     c = tl.arange(0, BH)
     x = convolve(qkv, past, filters, b, t, head, T, stride, Hq + Hk, h, TAPS, BT, BH, BK, False)
-    x += tl.load(bias + head * h + c, mask=c < h, other=0.0)[None, :]
+    x += load_vector(bias + head * h, c, h)[None, :]
     return x + mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
 
 
@@ -250,7 +244,7 @@ def turn(
 
 @triton.jit
 def normalize_and_turn(x, temp, cos, sin, t, T, head, Hq: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
-                       EPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+                       BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     """From a head's sum to what attention sees."""
     norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
     length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
@@ -259,10 +253,9 @@ def normalize_and_turn(x, temp, cos, sin, t, T, head, Hq: tl.constexpr, h: tl.co
 
 @triton.jit
 def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v, T, stride, Hq: tl.constexpr,
-                       Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr,
+                       Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr,
                        BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H + 1, B). A program owns BT tokens of one head; the last of the H + 1, those of the values."""
-    # Who am I
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
@@ -278,7 +271,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
         x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
-        x = normalize_and_turn(x, temp, cos, sin, t, T, head, Hq, h, HALF, EPS, BT, BH)
+        x = normalize_and_turn(x, temp, cos, sin, t, T, head, Hq, h, HALF, BT, BH)
         if head < Hq:
             store_rows(q, Hq * h, b, t, T, head * h + c, (head + 1) * h, x)
         else:
@@ -288,11 +281,12 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
 @triton.jit
 def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad, partial, T, stride,
                              Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
-                             TAPS: tl.constexpr, EPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+                             TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
                              BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H, B): from the gradients of q and k to that of the convolutions' and the mean's sum, (B, T, C).
 
-    partial (B * T / BT, H, h + 1): a program's sums over its tokens for the bias, and in the last column for temp.
+    partial (B * T / BT, H, h + 1): a program's sums over its tokens for the bias, and in the last column for temp (of
+    which the keys' are used).
     """
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
@@ -311,7 +305,6 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     along = tl.sum(grad_x * x, axis=1)
     length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
     grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
-    # Write
     store_rows(grad, H * h, b, t, T, head * h + c, (head + 1) * h, grad_x)
     inside = (t < T)[:, None] & (c < h)[None, :]
     own = partial + ((b * tl.num_programs(0) + tl.program_id(0)) * H + head) * (h + 1)
@@ -356,14 +349,10 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
         x = tl.load(qkv + (b * T + row)[:, None] * stride + column, mask=inside & (row >= 0)[:, None], other=0.0)
         x += tl.load(past + (b * (TAPS - 1) + row + TAPS - 1)[:, None] * (H * h) + column,
                      mask=inside & (row < 0)[:, None], other=0.0)  # fmt: skip
-        g = tl.load(grad + n[:, None] * (H * h) + (head * h + out)[None, :],
-                    mask=(n < N)[:, None] & (out < h)[None, :], other=0.0)  # fmt: skip
+        g = load_matrix(grad, n[:, None], N, (head * h + out)[None, :], H * h)
         acc = product(tl.trans(x), g, acc)
-    at = partial + (((part * TAPS + tap) * H + head) * h + in_)[:, None] * h + out[None, :]
-    tl.store(at, acc, mask=(in_ < h)[:, None] & (out < h)[None, :])
-
-
-EPS = torch.finfo(torch.float32).eps  # the smallest norm that a head is divided by
+    own = partial + ((part * TAPS + tap) * H + head) * h * h
+    store_matrix(own, in_[:, None], h, out[None, :], h, acc)
 
 
 @operator
@@ -376,7 +365,7 @@ def cca_forward(
     c = config("cca")
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
-        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, EPS=EPS, BH=block(h), **c,
+        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BH=block(h), **c,
     )  # fmt: skip
     return q, k, v
 
@@ -394,7 +383,7 @@ def cca_backward(
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
     launch(
         cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
-        partial, T, width, Hq=H - Hk, Hk=Hk, HALF=cos.shape[-1], EPS=EPS, **shape, **c,
+        partial, T, width, Hq=H - Hk, Hk=Hk, HALF=cos.shape[-1], **shape, **c,
     )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
     launch(
@@ -409,18 +398,14 @@ def cca_backward(
     return grad_qkv, parts.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
 
 
-def save_for_cca(ctx, inputs, output):
-    qkv, past, _, *rest = inputs
-    ctx.save_for_backward(qkv, past, *rest)
-
-
 def cca_gradient(ctx, grad_q, grad_k, grad_v):
+    qkv, past, _, *rest = ctx.saved_tensors
     grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
-    grad_qkv, grad_filters, sums = cca_backward(*grads, *ctx.saved_tensors)
+    grad_qkv, grad_filters, sums = cca_backward(*grads, qkv, past, *rest)
     return grad_qkv, None, None, grad_filters, sums[:, :-1].flatten(), sums[-grad_k.shape[2] :, -1], None, None
 
 
-cca_forward.register_autograd(cca_gradient, setup_context=save_for_cca)
+cca_forward.register_autograd(cca_gradient, setup_context=save_inputs)
 
 
 def one_convolution(depthwise, grouped):
@@ -446,16 +431,16 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 # 2. Router: from its input to the choice, in one launch
 #
 # A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is
-# made BN units at a time and given to the second at once, so that both need no more than BT x R numbers:
+# made BN units at a time and used up at once, so that only the second is ever held whole, (BT, R):
 #
 #     a = normed state                                   (BT, R)
 #     for BN units of the first layer:
 #         second += gelu(a @ W1[units].T + b1[units]) @ W2[:, units].T
-#     for BE classes: running max and sum of exp(gelu(second + b2) @ W3[classes].T)
-#     for BE classes: the largest probability + bias
+#     for BE classes: running max of the logits gelu(second + b2) @ W3[classes].T, and sum of exp(logit - max)
+#     for BE classes: the class with the largest probability + bias, and its probability
 #
-# Backward goes the same way in reverse, and writes what the gradients of the three matrices are made of (bf16, (N, R)):
-# they are sums over all tokens, products that torch does well.
+# Backward goes the same way in reverse, and writes what the gradients of the three matrices are made of, (N, R) each
+# and (N, classes): they are sums over all tokens, products that torch does well.
 
 
 @triton.jit
@@ -469,40 +454,38 @@ def gelu_slope(x):
 
 
 @triton.jit
-def think(a, W1, b1, W2, b2, R: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
+def think(a, W1, b1, W2, b2, R: tl.constexpr, BN: tl.constexpr):
     """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32."""
-    c = tl.arange(0, BR)
-    acc = tl.zeros((BT, BR), tl.float32)
+    c = tl.arange(0, a.shape[1])
+    acc = tl.zeros(a.shape, tl.float32)
     for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
         w1 = load_matrix(W1, n[None, :], R, c[:, None], R)
-        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + load_vector(b1, n, R)[None, :]
+        first = product(a, w1) + load_vector(b1, n, R)[None, :]
         w2 = load_matrix(W2, c[None, :], R, n[:, None], R)
         acc = product(gelu(first).to(a.dtype), w2, acc)
     return acc + load_vector(b2, c, R)[None, :]
 
 
 @triton.jit
-def softmax_parts(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                  BE: tl.constexpr):  # fmt: skip
-    """The maximum of the logits and the sum of their exponentials, (BT) each."""
-    largest, total = tl.full((BT,), float("-inf"), tl.float32), tl.zeros((BT,), tl.float32)
+def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.constexpr):
+    """Those of BE classes from e0 on, -inf for what is no class."""
+    e = e0 + tl.arange(0, BE)
+    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, thought.shape[1])[:, None], R)
+    return tl.where((e < CLASSES)[None, :], product(thought, w3), float("-inf"))
+
+
+@triton.jit
+def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.constexpr):
+    """The maximum of the logits and the sum of exp(logit - maximum), (BT) each."""
+    largest = tl.full((thought.shape[0],), float("-inf"), tl.float32)
+    total = tl.zeros((thought.shape[0],), tl.float32)
     for e0 in range(0, CLASSES, BE):
-        z = logits(thought, W3, e0, R, CLASSES, BT, BR, BE)
+        z = logits(thought, W3, e0, R, CLASSES, BE)
         new = tl.maximum(largest, tl.max(z, axis=1))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
         largest = new
     return largest, total
-
-
-@triton.jit
-def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-           BE: tl.constexpr):  # fmt: skip
-    """Those of BE classes from e0 on, -inf for what is no class."""
-    e = e0 + tl.arange(0, BE)
-    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
-    z = product(thought, w3, tl.zeros((BT, BE), tl.float32))
-    return tl.where((e < CLASSES)[None, :], z, float("-inf"))
 
 
 @triton.jit
@@ -517,13 +500,13 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
-    thought = gelu(think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, R, BT, BR, BN)).to(W1.dtype.element_ty)
-    largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
+    thought = gelu(think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, R, BN)).to(W1.dtype.element_ty)
+    largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
     best = tl.full((BT,), float("-inf"), tl.float32)
     chosen, p_chosen = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
+        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
         score = tl.where((e < CLASSES)[None, :], p + tl.load(balancing + e, mask=e < CLASSES)[None, :], float("-inf"))
         top, where = tl.max(score, axis=1, return_indices=True)
         p_top = tl.sum(tl.where(e[None, :] == e0 + where[:, None], p, 0.0), axis=1)
@@ -541,13 +524,13 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
 
 
 @triton.jit
-def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice, normed,
-                           hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
+def router_backward_kernel(grad_p, grad_state, probability, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice,
+                           normed, hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
                            R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
                            BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
     factors of the matrices' gradients: normed, hidden, thought_ (what entered the three layers), grad_first,
-    grad_second, grad_logits (with zeros up to its WIDTH). partial (N / BT, 4, R): sums for norm, gamma, b1, b2."""
+    grad_second, grad_logits (zeros up to its WIDTH). partial (N / BT, 4, R): sums for norm, gamma if DEEP, b1, b2."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     dtype: tl.constexpr = W1.dtype.element_ty
     at, inside = n[:, None] * R + c[None, :], (n < N)[:, None] & (c < R)[None, :]
@@ -558,23 +541,18 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     weight = load_vector(norm, c, R)
     a = (x * inverse[:, None] * weight[None, :]).to(dtype)
     tl.store(normed + at, a, mask=inside)
-    second = think(a, W1, b1, W2, b2, R, BT, BR, BN)
+    second = think(a, W1, b1, W2, b2, R, BN)
     thought = gelu(second).to(dtype)
     tl.store(thought_ + at, thought, mask=inside)
-    largest, total = softmax_parts(thought, W3, R, CLASSES, BT, BR, BE)
+    largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
     # Third layer: d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
     chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
-    dp = load_vector(grad_p, n, N)
-    p_chosen = tl.zeros((BT,), tl.float32)
-    for e0 in range(0, CLASSES, BE):
-        e = e0 + tl.arange(0, BE)
-        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
-        p_chosen += tl.sum(tl.where(e[None, :] == chosen[:, None], p, 0.0), axis=1)
+    dp = load_vector(grad_p, n, N) * load_vector(probability, n, N)
     g = tl.zeros((BT, BR), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BT, BR, BE) - largest[:, None]) / total[:, None]
-        dz = ((dp * p_chosen)[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
+        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
+        dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
         store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
         g = product(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
     # Second layer
@@ -587,14 +565,14 @@ def router_backward_kernel(grad_p, grad_state, state, before, gamma, norm, eps, 
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
         w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
-        first = product(a, w1, tl.zeros((BT, BN), tl.float32)) + load_vector(b1, u, R)[None, :]
+        first = product(a, w1) + load_vector(b1, u, R)[None, :]
         w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
-        du = product(g, w2, tl.zeros((BT, BN), tl.float32)) * gelu_slope(first)
+        du = product(g, w2) * gelu_slope(first)
         tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
         store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(first))
         store_matrix(grad_first, n[:, None], N, u[None, :], R, du)
         da = product(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
-    # Norm, depth averaging
+    # Norm, depth averaging (the state is read again: held through all of the above, it would cost registers)
     x = tl.load(state + at, mask=inside, other=0.0)
     direction = x * inverse[:, None]
     tl.store(own + c, tl.sum(da * direction, axis=0), mask=c < R)
@@ -631,8 +609,9 @@ def router_forward(
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor, state: Tensor, before: Tensor | None, gamma: Tensor | None, norm: Tensor,
-    eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor, choice: Tensor,
+    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, before: Tensor | None,
+    gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor,
+    choice: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
     N, grid, shape = router_shape("router_backward", state, W3)
@@ -641,28 +620,27 @@ def router_backward(
     grad_logits, grad_r = W1.new_empty(N, width), torch.empty_like(state)
     partial = state.new_empty(grid[0], 4, R)
     launch(
-        router_backward_kernel, grid, grad_p, grad_state, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice,
-        normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
+        router_backward_kernel, grid, grad_p, grad_state, probability, state, before, gamma, norm, eps, W1, b1, W2, b2,
+        W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
         DEEP=before is not None, **shape,
     )  # fmt: skip
-    d_W3 = (grad_logits.t() @ thought)[: len(W3)].clone()
+    d_W3 = (grad_logits.t() @ thought)[: len(W3)]
     return grad_r, grad_first.t() @ normed, grad_second.t() @ hidden, d_W3, partial.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
     r, before, gamma, norm, eps, W1, b1, W2, b2, W3, _ = inputs
-    _, choice, _, state = output
-    ctx.save_for_backward(state, before, gamma, norm, W1, b1, W2, b2, W3, choice)
+    probability, choice, counts, state = output
+    ctx.save_for_backward(probability, state, before, gamma, norm, W1, b1, W2, b2, W3, choice)
     ctx.eps, ctx.dtype = eps, r.dtype
-    ctx.mark_non_differentiable(choice, output[2])
+    ctx.mark_non_differentiable(choice, counts)
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state):
-    state, before, gamma, norm, W1, *rest = ctx.saved_tensors
-    if grad_state is None:
-        grad_state = torch.zeros_like(state)
+    *first, before, gamma, norm, W1, b1, W2, b2, W3, choice = ctx.saved_tensors
     grads = grad_p.contiguous(), grad_state.contiguous()
-    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, state, before, gamma, norm, ctx.eps, W1, *rest)
+    layers = norm, ctx.eps, W1, b1, W2, b2, W3, choice
+    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, *first, before, gamma, *layers)
     d_norm, d_gamma, d_b1, d_b2 = sums
     d_before, d_gamma = (None, None) if before is None else (grad_r * gamma, d_gamma)
     d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
@@ -739,7 +717,7 @@ def combine_backward_kernel(grad, y, positions, probability, grad_y, grad_p, N, 
 
 
 @operator
-def dispatch_forward(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """As zaya.dispatch."""
     (N, D), c = x.shape, config("dispatch")
     BT, BD = c["BT"], c["BD"]
@@ -753,7 +731,7 @@ def dispatch_forward(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor,
 
 
 @operator
-def combine_forward(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
+def combine(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
     (N, D), c, out = y.shape, config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
@@ -775,11 +753,7 @@ def save_for_dispatch(ctx, inputs, output):
 
 
 def dispatch_gradient(ctx, grad, _positions, _offsets):
-    return combine_forward(grad.contiguous(), *ctx.saved_tensors, None), None, None
-
-
-def save_for_combine(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    return combine(grad.contiguous(), *ctx.saved_tensors, None), None, None
 
 
 def combine_gradient(ctx, grad):
@@ -787,9 +761,8 @@ def combine_gradient(ctx, grad):
     return grad_y, None, grad_p
 
 
-dispatch_forward.register_autograd(dispatch_gradient, setup_context=save_for_dispatch)
-combine_forward.register_autograd(combine_gradient, setup_context=save_for_combine)
-dispatch, combine = dispatch_forward, combine_forward
+dispatch.register_autograd(dispatch_gradient, setup_context=save_for_dispatch)
+combine.register_autograd(combine_gradient, setup_context=save_inputs)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Experts: products of sorted rows, each with its own expert's matrices
@@ -816,26 +789,19 @@ def tiles_by_expert(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr
 
 
 @triton.jit
-def count_tiles(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    start, end, tiles = tiles_by_expert(offsets, E, EP, BM)
-    return tl.sum(tiles, axis=0)
-
-
-@triton.jit
-def find_tile(offsets, tile, columns, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, GROUP: tl.constexpr):
     """A tile's expert, its rows (BM), where that expert's rows end, and the number of its column tile.
 
-    Tiles are counted down GROUP row tiles before the next column, so that what runs at one time shares its operands.
+    Tiles are numbered down GROUP row tiles of one column, then of the next, and only then come the next GROUP: programs
+    that run at one time share weights and rows.
     """
-    start, end, tiles = tiles_by_expert(offsets, E, EP, BM)
     last = tl.cumsum(tiles, axis=0)
-    total = tl.sum(tiles, axis=0)
     group = tile // (GROUP * columns)
-    height = tl.minimum(total - group * GROUP, GROUP)
+    height = tl.minimum(tl.sum(tiles, axis=0) - group * GROUP, GROUP)
     row_tile = group * GROUP + (tile % (GROUP * columns)) % height
     column_tile = (tile % (GROUP * columns)) // height
     expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
-    mine = tl.arange(0, EP) == expert
+    mine = tl.arange(0, tiles.shape[0]) == expert
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
     end = tl.sum(tl.where(mine, end, 0), axis=0)
     return expert.to(tl.int64), row.to(tl.int64) + tl.arange(0, BM), end, column_tile
@@ -859,13 +825,14 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, gate and up of each side by
-    side, so that it is a single product. weight (E, 2F, D).
+    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, by a single product: its column
+    2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
     columns, c = tl.cdiv(F, UNITS), tl.arange(0, BN)
-    for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
-        expert, m, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+    starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
+    for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
+        expert, m, end, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
         unit = column_tile * UNITS + c // 2
         w = weight + expert * 2 * F * D
         acc = tile_product(x, m, end, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
@@ -889,8 +856,9 @@ def grouped_kernel(x, weight, offsets, out, hidden, act, K, M, stride_e, stride_
     Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
     columns = tl.cdiv(M, BN)
-    for tile in range(tl.program_id(0), count_tiles(offsets, E, EP, BM) * columns, tl.num_programs(0)):
-        expert, m, end, column_tile = find_tile(offsets, tile, columns, E, EP, BM, GROUP)
+    starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
+    for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
+        expert, m, end, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
         c = column_tile * BN + tl.arange(0, BN)
         acc = tile_product(x, m, end, weight + expert * stride_e, c, c < M, K, stride_m, stride_k, BM, BN, BK)
         if SWIGLU_BACKWARD:
@@ -1043,7 +1011,7 @@ def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o
 
 
 @operator
-def merge_forward(
+def merge(
     stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor, b_o: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As zaya.merge."""
@@ -1079,14 +1047,12 @@ def save_for_merge(ctx, inputs, output):
 
 def merge_gradient(ctx, grad_new, grad_normed):
     stream, out, s_r, _, s_o, *_ = ctx.saved_tensors
-    grad_new = torch.zeros_like(stream) if grad_new is None else grad_new.contiguous()
-    grad_normed = torch.zeros_like(out) if grad_normed is None else grad_normed.contiguous()
-    grad_stream, grad_out, (g, gx, go, gn) = merge_backward(grad_new, grad_normed, *ctx.saved_tensors, ctx.eps)
+    grads = grad_new.contiguous(), grad_normed.contiguous()
+    grad_stream, grad_out, (g, gx, go, gn) = merge_backward(*grads, *ctx.saved_tensors, ctx.eps)
     return grad_stream, grad_out, gx, g * s_r, go, g * s_o, gn, None
 
 
-merge_forward.register_autograd(merge_gradient, setup_context=save_for_merge)
-merge = merge_forward
+merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Decoding: one new token's CCA and its attention over the cache, and a few tokens through their experts
@@ -1101,7 +1067,7 @@ merge = merge_forward
 @triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
-                    TAPS1: tl.constexpr, EPS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                    TAPS1: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
     head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
@@ -1119,8 +1085,8 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
-        # Number j of a row of W multiplies channel k of the first convolution's result number `tap`, made here of TAPS0
-        # of the last P + 1 tokens
+        # acc[o] = sum over j of W[o, j] * x[j]. A row of W is (h, TAPS1) laid flat: j is channel k at `tap`; and x[j]
+        # is what the first convolution makes of that channel in TAPS0 tokens, each `ago` steps back
         acc = load_vector(W_bias + head * h, c, h)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
@@ -1137,7 +1103,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         # The rest as in the forward pass of 1, for a block of one token
         t = tl.arange(0, 1)
         x = acc[None, :] + mean_with_partners(qkv, 0, t, head, 1, WIDTH, Hq, Hk, h, BH, False)
-        x = normalize_and_turn(x, temp, cos, sin, t, 1, head, Hq, h, HALF, EPS, 1, BH)
+        x = normalize_and_turn(x, temp, cos, sin, t, 1, head, Hq, h, HALF, 1, BH)
         if head < Hq:
             store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)
         else:
@@ -1155,7 +1121,7 @@ def cca_step_forward(
     q = qkv.new_empty(B, 1, H - Hk, h)
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
-        SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2], EPS=EPS,
+        SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
         BH=block(h), **c,
     )  # fmt: skip
     return q
@@ -1167,32 +1133,24 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 
 
 @triton.jit
-def few_swiglu_kernel(x, choice, gate_up, act, E, D, F, BF: tl.constexpr, BK: tl.constexpr):
-    """Grid (F / BF, N): BF units of one token's expert. act (N, F) fp32."""
-    n, u = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
-    expert = tl.load(choice + n)
-    w = gate_up + expert * 2 * F * D
-    gate, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
-    for k0 in range(0, tl.where(expert < E, D, 0), BK):  # of a skipped token nothing is read, and zeros stay
-        k = k0 + tl.arange(0, BK)
-        row = load_vector(x + n * D, k, D)[None, :]
-        gate += tl.sum(load_matrix(w, u[:, None], F, k[None, :], D).to(tl.float32) * row, axis=1)
-        up += tl.sum(load_matrix(w + F * D, u[:, None], F, k[None, :], D).to(tl.float32) * row, axis=1)
-    tl.store(act + n * F + u, gate * tl.sigmoid(gate) * up, mask=u < F)
+def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):
+    """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
-
-@triton.jit
-def few_down_kernel(act, choice, probability, down, out, E, D, F, BF: tl.constexpr, BK: tl.constexpr):
-    """Grid (D / BF, N): BF columns of one token's result."""
-    n, d = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
+    SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighed."""
+    n, m = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
     expert = tl.load(choice + n)
-    w = down + expert * D * F
-    acc = tl.zeros((BF,), tl.float32)
-    for k0 in range(0, tl.where(expert < E, F, 0), BK):
+    w = weight + expert * (2 * M if SWIGLU else M) * K
+    acc, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
+    for k0 in range(0, tl.where(expert < E, K, 0), BK):  # of a skipped token nothing is read, and zeros stay
         k = k0 + tl.arange(0, BK)
-        row = load_vector(act + n * F, k, F)[None, :]
-        acc += tl.sum(load_matrix(w, d[:, None], D, k[None, :], F).to(tl.float32) * row, axis=1)
-    tl.store(out + n * D + d, (acc * tl.load(probability + n)).to(out.dtype.element_ty), mask=d < D)
+        row = load_vector(x + n * K, k, K)[None, :]
+        acc += tl.sum(load_matrix(w, m[:, None], M, k[None, :], K).to(tl.float32) * row, axis=1)
+        if SWIGLU:
+            up += tl.sum(load_matrix(w + M * K, m[:, None], M, k[None, :], K).to(tl.float32) * row, axis=1)
+    if SWIGLU:
+        tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
+    else:
+        tl.store(out + n * M + m, (acc * tl.load(probability + n)).to(out.dtype.element_ty), mask=m < M)
 
 
 @operator
@@ -1200,8 +1158,8 @@ def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tens
     """As zaya.experts_of_few."""
     (N, D), (E, _, F), c = x.shape, down.shape, config("few")
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
-    launch(few_swiglu_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, act, E, D, F, **c)
-    launch(few_down_kernel, (cdiv(D, c["BF"]), N), act, choice, probability, down, out, E, D, F, **c)
+    launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, D, SWIGLU=True, **c)
+    launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, F, SWIGLU=False, **c)
     return out
 
 
@@ -1215,11 +1173,11 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
     split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
     GROUP: tl.constexpr = Hq // Hk
     g, c = tl.arange(0, BG), tl.arange(0, BH)
-    end = tl.load(length).to(tl.int32)
-    first = tl.maximum(end - window, 0)
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BS) * BS
+    now = tl.load(length).to(tl.int32)
+    first = tl.maximum(now - window, 0)
+    share = tl.cdiv(tl.cdiv(now - first, SPLITS), BS) * BS
     start = first + split * share
-    end = tl.minimum(start + share, end)
+    end = tl.minimum(start + share, now)
     query = b * Hq + head * GROUP + g
     mine = (g < GROUP)[:, None] & (c < h)[None, :]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
@@ -1230,7 +1188,7 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
         at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
         inside = (s < end)[:, None] & (c < h)[None, :]
         keys = tl.load(k + at, mask=inside, other=0.0)
-        scores = product(queries, tl.trans(keys), tl.zeros((BG, BS), tl.float32)) * scale
+        scores = product(queries, tl.trans(keys)) * scale
         scores = tl.where((s < end)[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
@@ -1245,7 +1203,7 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
 
 @triton.jit
 def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr):
-    """Grid (B * Hq): the parts of a query's attention, each by its weight."""
+    """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
     s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
     largest = tl.load(own + h)
@@ -1257,22 +1215,19 @@ def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, BH: tl.cons
 
 
 @operator
-def attend_past_forward(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int) -> Tensor:
-    """As zaya.attend_past; window 0: all."""
+def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | None = None) -> Tensor:
+    """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
+    # About 512 programs in all, at most 64 parts, and no part shorter than 128 positions of a full cache
     splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | config("past")
     launch(
-        past_kernel, (splits, B * Hk), q, k, v, length, partial, S, 1 / math.sqrt(h), window or S, Hq=Hq, Hk=Hk,
-        BG=block(Hq // Hk), **shape,
+        past_kernel, (splits, B * Hk), q.contiguous(), k, v, length, partial, S, 1 / math.sqrt(h), window or S,
+        Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape,
     )  # fmt: skip
     launch(join_kernel, (B * Hq,), partial, out, h=h, SPLITS=splits, BH=shape["BH"], num_warps=4, num_stages=1)
     return out
-
-
-def attend_past(q, k, v, length, window=None):
-    return attend_past_forward(q.contiguous(), k, v, length, window or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -258,15 +258,15 @@ def compile_for(architecture, dtype=torch.bfloat16):
         + "".join(f"{u:>12}" for u in units)
     )
 
-    def compile_and_print(kernel, args, constants):
-        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)"}
+    def compile_and_print(kernel, grid, *args, **constants):
+        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)", "SWIGLU": " (SwiGLU)"}
         label = kernel.__name__ + "".join(text for name, text in variants.items() if constants.get(name))
         if label not in seen:
             seen.add(label)
             numbers = resources(*compile_kernel(kernel, args, constants, triton.backends.compiler.GPUTarget(*target)))
             print(f"{label:32}" + "".join(f"{n:12,}" for n in numbers), flush=True)
 
-    kernels.launch.instead, kernels.launch.architecture = compile_and_print, architecture
+    kernels.launch, kernels.architecture = compile_and_print, lambda: architecture
     for B, T in ((4, 4096), (1, 1)):
         for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], B, T, "meta", dtype).items():
             evaluate(getattr(kernels, name), args)[1]()
