@@ -55,6 +55,7 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
+# The fields that are ours alone, with the values that make a model a ZAYA1; and what cca_without may name.
 ZAYA1 = {"attention": "cca", "mlp": "moe", "cca_without": None, "router": "zaya", "residual_scaling": True}
 CCA_PARTS = ("depthwise", "grouped", "value_shift", "qk_mean")
 
@@ -305,13 +306,12 @@ class CCA(nn.Module):
         return qkv.new_zeros(B, self.past_columns, qkv.shape[2] - 2 * late), qkv.new_zeros(B, 1, late)
 
     def forward(self, x, temp, cos, sin, cache):
-        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, S, Hk, h), with a cache those of the past, too."""
+        """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h), or None where cca_step has put them into the cache."""
         qkv = linear(x, self.projection(cache))
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
         if cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
-            return cca_step(qkv, cache, *convolutions, temp, cos, sin), *cache.keys_and_values()
-        q, k, v = cca(qkv, *self.before(qkv, cache), *convolutions, temp, cos, sin)
-        return q, *(cache.append(k, v) if cache is not None else (k, v))
+            return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
+        return cca(qkv, *self.before(qkv, cache), *convolutions, temp, cos, sin)
 
 
 class Attention(nn.Module):
@@ -330,6 +330,8 @@ class Attention(nn.Module):
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
         q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
+        if cache is not None and k is not None:  # or cca_step has put them there
+            k, v = cache.append(k, v)
         if cache is None or q.shape[1] > 1:
             out = attend(q, k, v, self.window)
         else:  # decoding
@@ -367,8 +369,7 @@ class Router(nn.Module):
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
     def forward(self, x, before):
-        """x (N, D), before: the previous layer's state (N, R) or None
-        -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R)."""
+        """x (N, D), before: the previous layer's state (N, R) or None -> what route returns."""
         r, mlp = linear(x, self.down_proj.weight, self.down_proj.bias), self.router_mlp
         gamma = None if before is None else self.router_states_scale
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
@@ -488,15 +489,14 @@ class ResidualScaling(nn.Module):
         self.residual_bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, stream, out, norm):
-        """stream (B, T, D) fp32, out (B, T, D), norm: the next RMSNorm -> the new stream in fp32, and it normalised, in
-        out's dtype."""
+        """stream (B, T, D) fp32, out (B, T, D), norm: the next RMSNorm -> what merge returns."""
         scales = self.residual_scale, self.residual_bias, self.hidden_states_scale, self.hidden_states_bias
         return merge(stream, out, *scales, norm.weight, norm.eps)
 
 
 @has_kernel
 def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
-    """(stream + b_r) * s_r + (out + b_o) * s_o in fp32; and that through RMSNorm, in out's dtype."""
+    """The new stream, as ResidualScaling says, in fp32; and the same through RMSNorm, in out's dtype."""
     stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)  # constants first
     return stream, normalize(stream, weight, eps).to(out.dtype)
 
@@ -643,7 +643,7 @@ class Zaya(nn.Module):
                 ended |= token == eos_token_id
             new.append(token)
             yield token
-            # Looking at the GPU makes it wait, so there every 16th time will do.
+            # To ask a GPU is to wait for it: there every 16th token will do.
             look = eos_token_id is not None and (not token.is_cuda or count % 16 == 0)
             if count == max_new_tokens or (look and ended.all()):
                 return
@@ -760,7 +760,8 @@ class Zaya(nn.Module):
 
 class LayerCache:
     """What one layer remembers of the past: all keys and values, and for CCA's convolutions and value shift the last
-    rows of qkv. Position t's is row t % size, and size is one more than is seen, so that a step can be repeated."""
+    rows of qkv: position t's is row t % size of `recent`, which has one row more than cca looks at, so that one step
+    can be taken back."""
 
     def __init__(self, config, batch_size, max_len, end, dtype):
         def zeros(*shape):
@@ -786,13 +787,9 @@ class LayerCache:
         return before
 
     def append(self, k, v):
-        """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all."""
+        """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all, (B, S, Hk, h) each."""
         self.k.index_copy_(1, self.positions, k)
         self.v.index_copy_(1, self.positions, v)
-        return self.keys_and_values()
-
-    def keys_and_values(self):
-        """(B, S, Hk, h) each."""
         return self.k[:, : self.length], self.v[:, : self.length]
 
 
@@ -826,7 +823,7 @@ class Cache:
             layer.length = self.length
 
     def go_back(self):
-        """Forget the last token. (Of one before it, `recent` may hold no trace any more.)"""
+        """Forget the last token. Not two in a row: `recent` has one row to spare."""
         self.end -= 1
         self.grow(-1)
 
@@ -903,8 +900,8 @@ def experts_of_few(x, probability, choice, gate_up, down):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text, in some fifty calls of PyTorch a layer, for
-# each costs microseconds there whatever it does. Skip this section on a first reading.
+# Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text. Each call of PyTorch costs microseconds there,
+# whatever it does, so a layer makes do with some fifty. Skip this section on a first reading.
 
 
 class Decoder:
@@ -912,9 +909,8 @@ class Decoder:
 
     @staticmethod
     def suits(model):
-        weight, config = model.head, model.config
-        fp32_cpu = (weight.device.type, weight.dtype) == ("cpu", torch.float32) and model.kernels != "triton"
-        return fp32_cpu and config.is_zaya1
+        on_cpu_in_fp32 = (model.head.device.type, model.head.dtype) == ("cpu", torch.float32)
+        return on_cpu_in_fp32 and model.kernels != "triton" and model.config.is_zaya1
 
     def __init__(self, model, cache):
         config, h = model.config, model.config.head_dim
@@ -952,7 +948,7 @@ class Product:
 
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
     oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256 it is 544, 283 and 124. Below 2^15
-    numbers the plain product is the fastest. Of more rows oneDNN takes those times a weight of 2^17 numbers or more.
+    numbers the plain product is the fastest. For more rows it is so below 2^17 numbers, and oneDNN's from there on.
     """
 
     def __init__(self, weight):
@@ -969,7 +965,7 @@ class Product:
 
 
 def product(x, weight):
-    """x (B, in) times weight (out, in) -> (B, out), for few rows and once."""
+    """x (B, in), few rows, times weight (out, in) -> (B, out): a Product for a single use, where there is one."""
     on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
     return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
@@ -1021,11 +1017,9 @@ class DecoderLayer:
         self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
         self.parts, self.turning = (H * h, self.Hk * h // 2, self.Hk * h // 2), (half, half, h - 2 * half)
-        self.after_attention = (
-            *self.merging(block.post_attention_residual_scale),
-            DecoderNorm(block.post_attention_layernorm),
-        )
-        self.after_experts = *self.merging(block.post_mlp_residual_scale), next_norm
+        norm = DecoderNorm(block.post_attention_layernorm)
+        self.after_attention = self.merging(block.post_attention_residual_scale, norm)
+        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
         mlp, root = gate.router_mlp, math.sqrt(0.5)
         self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
         self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
@@ -1036,9 +1030,9 @@ class DecoderLayer:
         self.down = [Product(weight) for weight in experts.down_proj]
 
     @staticmethod
-    def merging(scale):
+    def merging(scale, norm):
         bias = scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale
-        return bias, scale.residual_scale, scale.hidden_states_scale
+        return bias, scale.residual_scale, scale.hidden_states_scale, norm
 
     @staticmethod
     def merge(stream, out, bias, s_r, s_o, norm):
@@ -1131,8 +1125,7 @@ class PartialCCA(CCA):
             v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
         mixed = rotate(normalize_heads(mixed.view(B, T, Hq + Hk, -1), temp), cos, sin).to(qkv.dtype)
         q, k = mixed.split([Hq, Hk], dim=2)
-        v = torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
-        return q, *(cache.append(k, v) if cache is not None else (k, v))
+        return q, k, torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
 
 
 class PlainProjection(nn.Module):
@@ -1149,8 +1142,7 @@ class PlainProjection(nn.Module):
         q, k, v = (
             linear(x, part.weight).unflatten(-1, (-1, self.h)) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype)
-        return q, *(cache.append(k, v) if cache is not None else (k, v))
+        return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
 
 
 class LonelyRouter(Router):
@@ -1206,9 +1198,7 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# Skip this section on a first reading. linear, grouped_linear, inverse and Permute are what their names say; normalize
-# is RMSNorm's formula; LinearCrossEntropy is F.cross_entropy of the LM head's logits; attend_in_blocks is attend, and
-# ExpertsOnCPU the dispatch, experts and combine of MixtureOfExperts.
+# Skip this section on a first reading: each docstring begins with what is computed, the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):
@@ -1224,8 +1214,8 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. They stay on the GPU and nothing waits for them, but in the loop for
-    other dtypes than bf16 and for widths that are no multiple of 16 bytes.
+    offsets (E): where each expert's rows end. In bf16 on a GPU nothing waits for them; the loop, which takes the other
+    dtypes and the widths that are no multiple of 16 bytes, does.
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -1295,8 +1285,8 @@ class ExpertsOnCPU(torch.autograd.Function):
 def places(choice, E):
     """Where each token goes when they are sorted by expert (N), and how many rows each expert has there (E).
 
-    Each expert's rows are filled up with zeros to a multiple of a quarter of an even share. For every step has other
-    shares, and oneDNN compiles a product for each shape that it has not seen: 0.6 ms, for a product of 0.2. A step of
+    Each expert's rows are filled up with zeros to a multiple of a quarter of an even share, so that few shapes occur:
+    for one that it has not seen, oneDNN compiles a product, which takes 0.6 ms where the product takes 0.2. A step of
     nano takes 400 ms this way, 464 to 501 without.
     """
     counts = choice.bincount(minlength=E)
@@ -1323,8 +1313,8 @@ def weight_products(grad, x, rows):
 
 
 def attend_in_blocks(q, k, v, window, size=128):
-    """attend for bf16 on a CPU: a block of queries, with all that share a key head in one product, sees no key beyond
-    its own.
+    """attend for bf16 on a CPU, a block of queries at a time: one product for all heads that share a key head, and none
+    with keys that the whole block must not see.
 
     Forward and backward of 8 x 256 tokens, 4 query heads of 32, take 4.3 ms; the CPU's fused kernel takes 10.3. In fp32
     it is 6.7 and 7.4, and in a whole step no gain, for the blocks keep their scores and the fused kernel does not.
@@ -1353,7 +1343,7 @@ def normalize(x, weight, eps):
 
 
 class Normalize(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, with its gradient in four passes (autograd's own takes a dozen)."""
+    """normalize, with its gradient in four passes (autograd's own takes a dozen)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -1381,8 +1371,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradient):
         N, V, on_gpu = len(hidden), len(weight), hidden.is_cuda
-        if V % VOCABULARY_MULTIPLE[on_gpu]:  # classes without a token, and so without a probability
-            weight = F.pad(weight, (0, 0, 0, -V % VOCABULARY_MULTIPLE[on_gpu]))
+        if padding := -V % VOCABULARY_MULTIPLE[on_gpu]:  # classes without a token, and so without a probability
+            weight = F.pad(weight, (0, 0, 0, padding))
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
@@ -1390,7 +1380,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = math.ceil(max(N, 1) / chunks)
         for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
             log_p = times_fp32(x, weight)  # logits yet; no name shall keep them longer
-            if len(weight) > V:
+            if padding:
                 log_p[:, V:] = float("-inf")
             log_p = log_p.log_softmax(dim=1)
             picked = log_p.gather(1, y[:, None])
@@ -1526,20 +1516,17 @@ def complete(config):
     for name in [f.name for f in fields(config) if f.type is int]:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads {config.num_attention_heads} is no multiple of "
-            f"num_key_value_heads {config.num_key_value_heads}"
-        )
+    Hq, Hk = config.num_attention_heads, config.num_key_value_heads
+    if Hq % Hk:
+        raise ValueError(f"num_attention_heads {Hq} is no multiple of num_key_value_heads {Hk}")
     if config.head_dim % 4:
         raise ValueError(f"head_dim {config.head_dim} is not divisible by 4")
     if not 0 < config.partial_rotary_factor <= 1 or config.rotary_dim % 2:
         raise ValueError(
             f"partial_rotary_factor {config.partial_rotary_factor} does not rotate an even number of channels"
         )
-    if not all(
-        x > 0 for x in (config.rope_theta, config.sliding_rope_theta, config.rms_norm_eps, config.initializer_range)
-    ):
+    positive = config.rope_theta, config.sliding_rope_theta, config.rms_norm_eps, config.initializer_range
+    if not all(x > 0 for x in positive):
         raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
     if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {"hybrid", "hybrid_sliding"}:
         raise ValueError(f'layer_types must name {config.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"')
@@ -1789,17 +1776,16 @@ def safetensors_header(path):
 def load_safetensors(path):
     """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory."""
     entries, begin = safetensors_header(path)
-    tensors = {
-        name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, start, stop) in entries.items() if stop == start
-    }
-    if len(tensors) < len(entries):
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        for name, (dtype, shape, start, stop) in entries.items():
-            if stop > start:
-                raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=begin + start)
-                tensors[name] = raw.view(dtype).view(shape)
-    return {name: tensors[name] for name in entries}
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, (dtype, shape, start, stop) in entries.items():
+        if stop > start:
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=begin + start)
+            tensors[name] = raw.view(dtype).view(shape)
+        else:  # which frombuffer refuses
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return tensors
 
 
 def safetensors_tensors(path, entries, begin):
