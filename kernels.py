@@ -53,6 +53,7 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
+    "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
     "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 128, 64, 8, 4), (64, 64, 32, 4, 2)),
     "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
@@ -87,7 +88,7 @@ def config(kernel):
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching, and torch operators
 
-shapes_alone = False  # then nothing runs
+shapes_alone = False  # set while an operator is asked for the shapes of its results alone: nothing is launched
 
 
 def launch(kernel, grid, *args, **constants):
@@ -741,7 +742,7 @@ def combine(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
 
 @operator
 def combine_backward(grad: Tensor, y: Tensor, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    (N, D), c = y.shape, config("dispatch") | dict(BT=16, BD=128)
+    (N, D), c = y.shape, config("combine_backward")
     grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
     launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, positions, probability, grad_y, grad_p, N, D, **c)
     return grad_y, grad_p
