@@ -4,7 +4,8 @@
     python train.py --resume                                   go on after a stop or a crash
     torchrun --nproc_per_node=8 train.py --preset small ...    RCCL on AMD, NCCL on NVIDIA, gloo on CPU
 
-In reading order: flags, data, optimizer (Muon, AdamW, balancing), checkpoints, log and pictures, the loop.
+In reading order: flags, ranks, speed and memory, data, optimizer (Muon, AdamW, balancing), checkpoints, log and
+pictures, the loop. [R] is ZAYA1's report, arXiv 2605.05365.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -58,7 +60,7 @@ class TrainConfig:
     lr: float = 0.012  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
     warmup: int = 20  # steps from 0 to lr
-    weight_decay: float = 0.05  # of the matrices, a step and unit of lr
+    weight_decay: float = 0.05  # of the matrices: a step takes lr times this share of them away
     momentum: float = 0.95  # Muon's
     grad_clip: float = 1.0  # largest norm of the whole gradient
     balancing: str = "pid"  # of the experts: pid (AdamW, ZAYA1's), sign (a fixed step, DeepSeek's) or none
@@ -90,14 +92,11 @@ class TrainConfig:
             raise ValueError("--lr and --grad_clip must be positive")
         if not 0 <= self.final_lr <= 1 or not 0 <= self.momentum < 1:
             raise ValueError("--final_lr must be in [0, 1] and --momentum in [0, 1)")
-        if self.preset not in PRESETS:
-            raise ValueError(f"--preset {self.preset} is none of {', '.join(PRESETS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"--dtype {self.dtype} is none of auto, float32, bfloat16")
-        if self.balancing not in BALANCING:
-            raise ValueError(f"--balancing {self.balancing} is none of {', '.join(BALANCING)}")
-        if self.kernels not in KERNELS:
-            raise ValueError(f"--kernels {self.kernels} is none of {', '.join(KERNELS)}")
+        dtypes = ("auto", "float32", "bfloat16")
+        choices = {"preset": PRESETS, "dtype": dtypes, "balancing": BALANCING, "kernels": KERNELS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(known)}")
 
 
 # What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: nano's was
@@ -141,6 +140,7 @@ class Ranks:
 
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
         device = choose_device(device)
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -152,10 +152,6 @@ class Ranks:
             store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-
-    @property
-    def first(self):
-        return self.rank == 0
 
     def sum(self, tensor):
         """tensor, summed over all ranks, in place."""
@@ -175,20 +171,15 @@ def faster_dtype(device):
 
     def seconds(dtype):
         a = torch.randn(1024, 256).to(dtype)
-        best = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a.t()
-            best = min(best, time.perf_counter() - start)
-        return best
+        return min(timeit.repeat(lambda: a @ a.t(), repeat=5, number=1))
 
     return "bfloat16" if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
 def tune_memory():
-    """On a CPU: less time for memory that is freed and taken again."""
+    """Let glibc keep what is freed: it would hand tensors back to the kernel, only to fault their pages in again, which
+    took a tenth of a step on a CPU."""
     if sys.platform == "linux":
-        # glibc hands freed tensors back to the kernel, only to fault their pages in again: a tenth of a step.
         libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
         if hasattr(libc, "mallopt"):
             libc.mallopt(MMAP_THRESHOLD, 1 << 30)
@@ -208,12 +199,9 @@ def rates(device, dtype):
     """(peak by datasheet, or None where the device is not known; the rate of a large product here and now), FLOP/s."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, getattr(torch, dtype))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    a, seconds = torch.randn(size, size, device=device).to(dtype), []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits
-        seconds.append(time.perf_counter() - start)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None), 2 * size**3 / min(seconds)
+    a = torch.randn(size, size, device=device).to(dtype)
+    seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=5, number=1))  # item() waits
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None), 2 * size**3 / seconds
 
 
 def flops_a_token(config, active, block_size):
@@ -276,7 +264,7 @@ def say_memory(plan, ranks):
 
 
 class Clock:
-    """Where a run's time goes: with clock("data"): adds up what the block takes; and every step's milliseconds."""
+    """Where a run's time goes. `with clock("data"):` adds its block's seconds to spent; steps has every step's ms."""
 
     def __init__(self):
         self.spent, self.steps = {"data": 0.0, "evaluation": 0.0, "checkpoints": 0.0}, []
@@ -288,10 +276,9 @@ class Clock:
         self.spent[what] += time.perf_counter() - start
 
     def summary(self):
-        ms = np.array(self.steps) if self.steps else np.zeros(1)
-        p50, p95 = np.percentile(ms, (50, 95))
+        p50, p95 = np.percentile(self.steps, (50, 95))
         spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.spent.items())
-        return f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {ms.max():.0f} (max); besides: {spent}"
+        return f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {max(self.steps):.0f} (max); besides: {spent}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +296,10 @@ class Tokens:
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
-        if path.stat().st_size % dtype.itemsize:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}"
-            )
-        count = path.stat().st_size // dtype.itemsize
+        size = path.stat().st_size
+        if size % dtype.itemsize:
+            raise ValueError(f"{path} has {size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}")
+        count = size // dtype.itemsize
         if count < block_size + 1:
             raise ValueError(f"{path} has {count} tokens, a block of {block_size} and the token after it need more")
         self.ids = np.memmap(path, dtype, mode="r")
@@ -354,8 +340,8 @@ class Texts:
     """A data folder: the texts to train and to validate on, and the bytes that a validation token has on average."""
 
     def __init__(self, name, folder, meta, config):
-        cut = partial(Tokens, block_size=config.block_size, seed=config.seed, meta=meta)
-        self.train, self.val = cut(folder, "train"), cut(folder, "val")
+        self.train = Tokens(folder, "train", config.block_size, config.seed, meta)
+        self.val = Tokens(folder, "val", config.block_size, config.seed, meta)
         self.name, self.bytes_per_token = name, meta["bytes_per_token"]
 
 
@@ -429,11 +415,9 @@ class Muon:
         self.owner = self.share_out()
         self.rounds = list(zip_longest(*(self.batches(rank) for rank in range(ranks.world)), fillvalue=[]))
         own = [name for name in parameters if self.owner[name] == ranks.rank]
-        # The fp32 weights: the parameters themselves, or what remains of them when the model is cast to bf16.
-        self.master = {
-            name: parameters[name].detach() if dtype == torch.float32 else parameters[name].detach().clone()
-            for name in own
-        }
+        # The fp32 weights: the parameters themselves, or copies of them where the model is to be cast to bf16.
+        copy = dtype != torch.float32
+        self.master = {name: parameters[name].detach().to(torch.float32, copy=copy) for name in own}
         self.buffer = {name: torch.zeros_like(self.master[name]) for name in own}
 
     @staticmethod
@@ -483,7 +467,7 @@ class Muon:
             buffer.lerp_(grad, 1 - self.momentum)
             steps.append(self.matrices(name, grad.lerp(buffer, self.momentum)))  # Nesterov
         steps = torch.cat(steps)
-        dtype = self.parameters[names[0]].dtype  # bf16 does where the weights are bf16
+        dtype = self.parameters[names[0]].dtype  # bf16 is exact enough where the weights are bf16
         steps = newton_schulz(steps.to(dtype)).float() * (0.2 * math.sqrt(max(steps.shape[1:])))
         for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
             master = self.master[name]
@@ -495,13 +479,13 @@ class Muon:
         """{name: tensor} of all parameters, from every rank's own, in rank 0's CPU memory; nothing on the others."""
         found = {}
         for name, owner in self.owner.items():
-            if owner == self.ranks.rank and owner > 0:
-                dist.send(own[name], 0)
-            elif self.ranks.first:
+            if self.ranks.first:
                 tensor = own[name] if owner == 0 else torch.empty_like(self.parameters[name], dtype=torch.float32)
                 if owner > 0:
                     dist.recv(tensor, owner)
-                found[name] = tensor.detach().cpu()
+                found[name] = tensor.cpu()
+            elif owner == self.ranks.rank:
+                dist.send(own[name], 0)
         return found
 
     def state(self):
@@ -519,7 +503,7 @@ class AdamW:
     """AdamW without decay for all that is no matrix, on one flat vector; each rank keeps and moves its part of it."""
 
     def __init__(self, parameters, ranks=None, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
-        self.parameters, self.ranks, self.betas, self.eps, self.prefix = list(parameters), ranks, betas, eps, prefix
+        self.parameters, self.betas, self.eps, self.prefix = list(parameters), betas, eps, prefix
         self.size = sum(p.numel() for p in self.parameters)
         self.world, rank = (ranks.world, ranks.rank) if ranks else (1, 0)
         self.part = -(-self.size // self.world)  # numbers a rank; the last one's are filled up with zeros
@@ -559,8 +543,7 @@ class AdamW:
         return vectors | {f"{self.prefix}.count": self.count}
 
     def state_shapes(self):
-        size = torch.Size([self.size])
-        return {f"{self.prefix}.mean": size, f"{self.prefix}.square": size, f"{self.prefix}.count": torch.Size([])}
+        return {f"{self.prefix}.mean": (self.size,), f"{self.prefix}.square": (self.size,), f"{self.prefix}.count": ()}
 
     def load_state(self, tensors):
         self.mean.copy_(self.cut([tensors[f"{self.prefix}.mean"]]))
@@ -587,15 +570,16 @@ class Optimizer:
         self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay, ranks)
         self.adamw = AdamW(self.rest.values(), ranks)
         model.cast(dtype)
-        # [R] eq. 5: what would be the gradient of a bias is its expert's share of the tokens less 1 / E. AdamW turns
-        # that into a PID-like loop. The skip entry, the last, is left alone.
-        self.biases = [router.balancing_biases[:-1] for router in model.routers]
+        # [R] eq. 5: AdamW gets, in place of a bias's gradient, its expert's share of the tokens less 1 / E, and makes a
+        # PID-like loop of that. The last bias, that of skip, is left alone.
+        biases = [router.balancing_biases[:-1] for router in model.routers]
         # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long; these, at a rate that
         # falls with lr, do not. Without warm-up, for it is needed from the first step: after 60 steps of nano the load
         # entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
         self.balance = None
-        if self.biases and BALANCING[config.balancing]:
-            self.balance = AdamW(self.biases, betas=BALANCING[config.balancing], prefix="balance")
+        if biases and BALANCING[config.balancing]:
+            self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance")
+        self.parts = [part for part in (self.muon, self.adamw, self.balance) if part]
 
     def step(self, step, load):
         """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
@@ -604,10 +588,6 @@ class Optimizer:
         self.adamw.step(lr)
         if self.balance:
             self.balance.step(self.config.balance_lr * falling / self.config.lr, list(load - 1 / load.shape[1]))
-
-    @property
-    def parts(self):
-        return [part for part in (self.muon, self.adamw, self.balance) if part]
 
     def masters(self):
         """The model's state dict with fp32 masters in the place of bf16 weights: on rank 0, with all ranks' help."""
@@ -672,10 +652,7 @@ def replace_folder(new, final):
 
 
 def save_checkpoint(out, step, model, masters, state, tokenizer, record, keep):
-    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay.
-
-    trainer.json has every file's size and SHA-256.
-    """
+    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay."""
     final = out / f"step-{step:07d}"
     new = out / f".{final.name}.partial"
     shutil.rmtree(new, ignore_errors=True)
@@ -708,8 +685,8 @@ class Saver:
         self.thread, self.error = None, None
 
     def save(self, step, record, best):
-        """Save a step; as out/best, too, if it is. All ranks give what they own, rank 0 writes, once the last save is
-        done. Raises OSError if that failed."""
+        """Save a step, as out/best, too, if it is the best. All ranks call this and give what they own; rank 0 writes,
+        once the save before is done. Raises OSError if a save has failed."""
         self.wait()
         masters, state = self.optimizer.masters(), self.optimizer.state()
         if not self.ranks.first:
@@ -779,8 +756,8 @@ def mark_best(checkpoint):
 
 def read_log(out):
     """The objects of out/log.jsonl; a last line that the power cut short is left out."""
-    entries = []
-    for line in (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []:
+    path, entries = out / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:
@@ -803,21 +780,11 @@ def plot(out):
     seen = [e for e in log if e.get("val_loss") is not None]
     if seen:
         label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
-        axis.plot(
-            [e["step"] for e in seen],
-            [e["val_loss"] for e in seen],
-            "o-",
-            markersize=4,
-            color="tab:orange",
-            label=label,
-        )
-    top = np.nanpercentile(losses, 99) if np.isfinite(losses).any() else 1
-    axis.set(
-        xlabel="step",
-        ylabel="loss (nats a token)",
-        title=f"{out.resolve().name}: loss",
-        ylim=(0.95 * np.nanmin(losses), 1.05 * top),
-    )
+        when, values = [e["step"] for e in seen], [e["val_loss"] for e in seen]
+        axis.plot(when, values, "o-", markersize=4, color="tab:orange", label=label)
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=f"{out.resolve().name}: loss")
+    if np.isfinite(losses).any():
+        axis.set_ylim(0.95 * np.nanmin(losses), 1.05 * np.nanpercentile(losses, 99))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(out / "loss.png", dpi=110)
@@ -857,7 +824,7 @@ class Trials:
         # A row a step, a run a column.
         self.rows = list(zip(*([e for e in log if e["step"] in common] for log in logs)))
         self.ms_a_step = float(np.median(self.curve("step_ms")[1]))
-        self.last_loads = [[e for e in log if "load" in e][-1]["load"] for log in logs if any("load" in e for e in log)]
+        self.last_loads = [loads[-1] for log in logs if (loads := [e["load"] for e in log if "load" in e])]
 
     def curve(self, what):
         """(steps (n), values (n, runs)) where every run has logged `what`."""
@@ -947,7 +914,7 @@ def draw_together(trials, path):
 
 
 def collect_counts(routers, ranks):
-    """Tokens a layer and class since the last call, over all ranks, (L, E + 1); one reduction for all layers."""
+    """How many tokens each layer sent to each expert and to skip since the last call, over all ranks: (L, E + 1)."""
     if not routers:
         return None
     counts = ranks.sum(torch.stack([router.counts for router in routers]))
@@ -965,15 +932,14 @@ def shares(counts):
 def evaluate(model, texts, config, ranks, routers):
     """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
     unless the model is dense, val_load_entropy."""
-    sequences = config.eval_batches * config.micro_batch_size
-    starts = texts.val.validation_starts(sequences)[ranks.rank :: ranks.world]
-    total = torch.zeros(2, dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
-    for i in range(0, len(starts), config.micro_batch_size):
-        inputs, targets = texts.val.batch(starts[i : i + config.micro_batch_size], ranks.device)
+    starts = texts.val.validation_starts(config.eval_batches * config.micro_batch_size)
+    own = starts[ranks.rank :: ranks.world]
+    total = torch.zeros((), dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
+    for i in range(0, len(own), config.micro_batch_size):
+        inputs, targets = texts.val.batch(own[i : i + config.micro_batch_size], ranks.device)
         _, loss = model(inputs, targets)
-        total += torch.stack([loss * len(inputs), torch.tensor(float(len(inputs)), device=ranks.device)])
-    total = ranks.sum(total)
-    loss, counts = (total[0] / total[1]).item(), collect_counts(routers, ranks)
+        total += loss * len(inputs)
+    loss, counts = ranks.sum(total).item() / len(starts), collect_counts(routers, ranks)
     found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / texts.bytes_per_token)}
     return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1].float())}
 
@@ -996,18 +962,18 @@ def resolve_flags(given):
     out = Path(given.get("out", TrainConfig.out))
     holds_run = any((out / name).exists() for name in ("args.json", "log.jsonl")) or any(out.glob("step-*"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
+    goes_on = given.get("resume") or restarted
     if given.get("resume") and not holds_run:
         raise FileNotFoundError(f"--resume: {out} holds no run")
-    if not (given.get("resume") or restarted) and holds_run and not given.get("eval_only"):
+    if holds_run and not goes_on and not given.get("eval_only"):
         raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-    if not holds_run or not (given.get("resume") or restarted):
+    if not (holds_run and goes_on):
         return given, False
     saved = read_json(out / "args.json")
-    shape = {f.name for f in fields(ZayaConfig)} | {"preset", "data", "init_from"}
-    if changed := [
-        name for name in given if name in shape and given[name] != saved.get(name, getattr(TrainConfig, name, None))
-    ]:
-        raise ValueError(f"--resume cannot change --{changed[0]}: that would be another model; start a run of its own")
+    fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "data", "init_from"}
+    for name, value in given.items():
+        if name in fixed and value != saved.get(name, getattr(TrainConfig, name, None)):
+            raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
     return saved | given, True
 
 
@@ -1063,8 +1029,8 @@ def open_run(out, flags, step):
 
 
 def averaging(model):
-    """model, its gradients averaged over the ranks while the backward pass goes on. Buffers are not: every rank counts
-    its own tokens, and the balancing biases are equal anyway."""
+    """model, wrapped so that the backward pass averages its gradients over the ranks. Buffers are left alone: every
+    rank counts its own tokens, and the balancing biases are equal on all ranks anyway."""
     wrap = nn.parallel.DistributedDataParallel
     new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the flag's name from PyTorch 2.13 on
     own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
@@ -1116,11 +1082,9 @@ def main():
     ranks = Ranks(config.device)
     out, device = Path(config.out), ranks.device
 
-    # Data
+    # Data, model, optimizer
     folder, meta = open_data(config.data, ranks)
     tokenizer = load_tokenizer(folder)
-
-    # Model and optimizer
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
@@ -1131,8 +1095,8 @@ def main():
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
-    shape = flags_of(ZayaConfig, given)
-    flags = asdict(config) | shape  # to keep: another number of ranks may want another micro-batch
+    # What args.json keeps, without the micro-batch chosen next: another number of ranks may want another one.
+    flags = asdict(config) | flags_of(ZayaConfig, given)
     config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
@@ -1158,8 +1122,8 @@ def main():
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
-        keep = flags | {"resume": False, "dtype": config.dtype, "block_size": config.block_size}
-        log = open_run(out, keep | {"active_parameters": active}, record["step"])
+        flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
+        log = open_run(out, flags, record["step"])
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
@@ -1181,7 +1145,7 @@ def main():
         started = time.perf_counter()
         lr = learning_rate(step, config)
         texts = halves[half(step, config)]
-        if record.get("best_of") != texts.name:  # so far it was of another text
+        if record.get("best_of") != texts.name:  # the best so far, if any, was measured on another text
             record |= {"best": None, "best_of": texts.name}
 
         loss = add_up_gradients(ddp, batches, config, ranks, clock)
@@ -1189,8 +1153,8 @@ def main():
 
         # What all ranks must agree on: the loss, and whether to stop.
         stop = torch.tensor(float(bool(asked_to_stop)), device=device)
-        agreed = ranks.sum(torch.stack([loss / ranks.world, stop]))
-        loss, norm, stopping = agreed[0].item(), grad_norm.item(), agreed[1].item() > 0
+        loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
+        norm = grad_norm.item()
         counts = collect_counts(routers, ranks)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step(step, shares(counts))
@@ -1252,10 +1216,8 @@ def main():
 def report(bar, entry):
     """Move the progress bar on; a line of its own for an evaluation."""
     bar.update()
-    shown = {
-        "loss": f"{entry['loss']:.3f}" if entry["loss"] is not None else "skipped",
-        "tok/s": f"{entry['tokens_per_s']:,.0f}",
-    }
+    loss = "skipped" if entry["loss"] is None else f"{entry['loss']:.3f}"
+    shown = {"loss": loss, "tok/s": f"{entry['tokens_per_s']:,.0f}"}
     if "load_entropy" in entry:
         shown["load entropy"] = f"{entry['load_entropy']:.3f}"
     bar.set_postfix(shown, refresh=False)
@@ -1269,9 +1231,10 @@ def report_speed(clock, out):
     if not entries or not clock.steps:
         return
     middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
-    known = f", MFU {np.median([e['mfu'] for e in entries]):.1%}" if "mfu" in entries[-1] else ""
-    if "watts" in entries[-1]:  # of this rank's GPU
-        known += f", {np.median([e['tflops'] / e['watts'] for e in entries]):.3g} TFLOP a joule"
+    mfu = [e["mfu"] for e in entries if "mfu" in e]
+    efficiency = [e["tflops"] / e["watts"] for e in entries if "watts" in e]  # of this rank's GPU
+    known = f", MFU {np.median(mfu):.1%}" if mfu else ""
+    known += f", {np.median(efficiency):.3g} TFLOP a joule" if efficiency else ""
     print(
         f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{known}, "
         f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"

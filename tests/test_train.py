@@ -499,6 +499,21 @@ def runs(tiny, tmp_path_factory):
     return folder
 
 
+def test_a_log_with_gaps(tmp_path, capsys):
+    """Where every loss was skipped there is still a picture; a reading of the power that failed is left out."""
+    entries = [
+        {"step": step, "loss": None, "tokens_per_s": 8, "tflops": 6.0, "of_product": 0.5} | power
+        for step, power in enumerate([{"watts": 2.0}, {}, {"watts": 2.0}])
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    train.plot(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    clock = train.Clock()
+    clock.steps = [1.0] * 9
+    train.report_speed(clock, tmp_path)
+    assert "3 TFLOP a joule" in capsys.readouterr().out
+
+
 def test_plot_prints_mean_and_spread_and_draws(runs, finished, call, tmp_path):
     done = call(train, "--plot", runs / "moe-1", runs / "dense", runs / "moe-2", "--out", tmp_path)
     assert done.status == 0 and (tmp_path / "compare.png").stat().st_size > 20_000
