@@ -596,7 +596,7 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route."""
-    few = len(r) <= 16 and W1[0].nbytes <= 512  # and where two or three stages of W1 and W2 fit
+    few = len(r) <= config("router_of_few")["BT"] and W1[0].nbytes <= 512  # for its stages of W1 and W2 to fit
     N, grid, shape = router_shape("router_of_few" if few else "router", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)

@@ -436,13 +436,14 @@ class MixtureOfExperts(nn.Module):
         return self.weighed_experts(x, probability, choice).view(shape), router_state
 
     def weighed_experts(self, x, probability, choice):
-        """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D)."""
+        """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
+        choice E, the skip class."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
-        # Two shorter ways to the same result: for few tokens, here, and on a CPU, below.
+        # Two shorter ways to the same result: for few tokens, this one, and on a CPU, the next.
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
-        # A skipped token must add zero ([T]; [Z] would add its share of x): it visits the last expert, with weight 0.
+        # Zeros as in [T]; [Z] would add the token's share of x. It visits the last expert, with weight 0.
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
         choice = choice.clamp_max(self.num_experts - 1)
         if x.device.type == "cpu" and not on_kernels(x):
