@@ -78,9 +78,15 @@ def read_prompt(prompt):
     """The text that --prompt stands for."""
     if prompt == "-":
         return sys.stdin.read()
-    if prompt.startswith("FILE:"):
-        return Path(prompt[5:]).expanduser().read_text(encoding="utf-8")
-    return prompt
+    return read_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
+
+
+def read_text(path):
+    """A file's text. ValueError if it is not UTF-8."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 class Writer:
@@ -338,7 +344,7 @@ def bits_a_byte(writer, text):
 
 def compare(config, prompt):
     """Print what two checkpoints are, cost and write."""
-    text = Path(config.text).expanduser().read_text(encoding="utf-8") if config.text else None
+    text = read_text(config.text) if config.text else None
     columns, facts = [], []
     for path in config.compare:
         writer = Writer(path, config)
@@ -358,7 +364,7 @@ def compare(config, prompt):
             "tokens/s": f"{rate:,.1f}",
             f"$ a million tokens (${config.gpu_hour:g} an hour)":
                 f"{1e6 / rate / 3600 * config.gpu_hour:.2f}" if rate else "-",  # of a text that ended at once
-        } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if text else {}))  # fmt: skip
+        } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if config.text else {}))  # fmt: skip
         columns.append([writer.tokenizer.decode(row) for row in rows])
     label = max(map(len, facts[0]))
     width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import ZayaForCausalLM
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from zaya import Zaya, ZayaConfig  # noqa: E402
@@ -31,6 +29,9 @@ BATCH, TIME = 8, 256
 
 def both_models(config):
     """zaya.py's and transformers' model with the same random weights."""
+    from transformers import ZayaForCausalLM  # here: what needs CONFIG alone runs without transformers, too
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)

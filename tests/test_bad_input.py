@@ -164,6 +164,16 @@ def test_sample_refuses(wrong, named, finished, call):
     assert done.stdout == ""
 
 
+def test_sample_names_a_text_that_is_none(finished, call, tmp_path):
+    binary, empty = tmp_path / "binary", tmp_path / "empty"
+    binary.write_bytes(b"text \xff")
+    empty.touch()
+    both = "--compare", finished.out, finished.out, "--text"
+    assert_refused(call(sample, "--checkpoint", finished.out, "--prompt", f"FILE:{binary}"), binary, "byte 5")
+    assert_refused(call(sample, *both, binary), binary, "byte 5")
+    assert_refused(call(sample, *both, empty), "--text is too short")
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tmp_path):
     checkpoint = shutil.copytree(finished.out / "best", tmp_path / "best")
