@@ -65,7 +65,7 @@ def read_documents(root, out, pattern="*", skip=()):
     Left out are folders named in skip, what is hidden, empty or not UTF-8 text, and an earlier dataset's files in out.
     """
     if not Path(root).is_dir():
-        raise ValueError(f"no folder {root}")
+        raise ValueError(f"{root} does not exist")
     generated, documents = {out.resolve() / name for name in GENERATED}, {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]

@@ -339,7 +339,7 @@ def test_bad_input(folder, tmp_path, capsys):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "tokenizer.json").write_text('{"model": {"type": "Strange"}}')
     char_tokenizer(["abc"]).save(tmp_path / "abc")
-    assert "no folder" in fails(own_text.main, capsys, out, tmp_path / "missing")
+    assert "does not exist" in fails(own_text.main, capsys, out, tmp_path / "missing")
     assert "no text in" in fails(own_text.main, capsys, out, tmp_path / "nothing")
     assert "no UTF-8 text" in fails(own_text.main, capsys, out, folder / "latin1.txt")
     assert "no tokenizer nonsense" in fails(own_text.main, capsys, out, folder, "--tokenizer", "nonsense")
