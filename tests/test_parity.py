@@ -182,10 +182,10 @@ def test_cache_equals_theirs(models):
     """A prompt of 8 tokens and then single ones, each model with its own cache."""
     ours, theirs = models
     tokens = random_tokens(ours, TIME)
-    cache, past = ours.new_cache(BATCH, TIME), None
+    cache, their_cache = ours.new_cache(BATCH, TIME), transformers.DynamicCache(config=theirs.config)
     for piece in tokens.split([8] + [1] * (TIME - 8), dim=1):
-        out = theirs(piece, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        # Their fourth argument by position: it was past_key_values, and is cache from 5.24 on.
+        out = theirs(piece, None, None, their_cache, use_cache=True)
         assert_close(ours(piece, cache=cache)[0], out.logits)
 
 
