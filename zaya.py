@@ -604,7 +604,8 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        # Without a gradient: on a GPU no fp32 copy of a bf16 head; a single fp32 row by the product made for one.
+        # The same without a gradient: times_fp32 needs no fp32 copy of a bf16 head on a GPU, and product is faster for
+        # a single row in fp32.
         rows = hidden.flatten(0, -2)
         multiply = product if len(rows) == 1 and self.head.dtype == torch.float32 else times_fp32
         return multiply(rows, self.head).unflatten(0, hidden.shape[:-1])
