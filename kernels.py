@@ -58,7 +58,8 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
-    "cca_step": ("BK", (128, 8, 1), (128, 8, 1), (32, 4, 1)),
+    "row": ("", (4, 1), (8, 1), (4, 1)),
+    "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
     "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
@@ -143,7 +144,7 @@ def store_matrix(matrix, row, rows, column, columns, x):
 
 
 @triton.jit
-def product(a, b, acc=None):
+def dot(a, b, acc=None):
     """acc + a @ b in fp32; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -200,7 +201,7 @@ def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.
                 x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
                              mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
             in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
-            acc = product(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
+            acc = dot(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
     return acc
 
 
@@ -351,7 +352,7 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
         x += tl.load(past + (b * (TAPS - 1) + row + TAPS - 1)[:, None] * (H * h) + column,
                      mask=inside & (row < 0)[:, None], other=0.0)  # fmt: skip
         g = load_matrix(grad, n[:, None], N, (head * h + out)[None, :], H * h)
-        acc = product(tl.trans(x), g, acc)
+        acc = dot(tl.trans(x), g, acc)
     own = partial + ((part * TAPS + tap) * H + head) * h * h
     store_matrix(own, in_[:, None], h, out[None, :], h, acc)
 
@@ -462,9 +463,9 @@ def think(a, W1, b1, W2, b2, R: tl.constexpr, BN: tl.constexpr):
     for n0 in range(0, R, BN):
         n = n0 + tl.arange(0, BN)
         w1 = load_matrix(W1, n[None, :], R, c[:, None], R)
-        first = product(a, w1) + load_vector(b1, n, R)[None, :]
+        first = dot(a, w1) + load_vector(b1, n, R)[None, :]
         w2 = load_matrix(W2, c[None, :], R, n[:, None], R)
-        acc = product(gelu(first).to(a.dtype), w2, acc)
+        acc = dot(gelu(first).to(a.dtype), w2, acc)
     return acc + load_vector(b2, c, R)[None, :]
 
 
@@ -473,7 +474,7 @@ def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.const
     """Those of BE classes from e0 on, -inf for what is no class."""
     e = e0 + tl.arange(0, BE)
     w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, thought.shape[1])[:, None], R)
-    return tl.where((e < CLASSES)[None, :], product(thought, w3), float("-inf"))
+    return tl.where((e < CLASSES)[None, :], dot(thought, w3), float("-inf"))
 
 
 @triton.jit
@@ -555,7 +556,7 @@ def router_backward_kernel(grad_p, grad_state, probability, state, before, gamma
         p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
         dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
         store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
-        g = product(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
+        g = dot(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
     # Second layer
     g = g * gelu_slope(second)
     tl.store(own + 3 * R + c, tl.sum(g, axis=0), mask=c < R)
@@ -566,13 +567,13 @@ def router_backward_kernel(grad_p, grad_state, probability, state, before, gamma
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
         w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
-        first = product(a, w1) + load_vector(b1, u, R)[None, :]
+        first = dot(a, w1) + load_vector(b1, u, R)[None, :]
         w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
-        du = product(g, w2) * gelu_slope(first)
+        du = dot(g, w2) * gelu_slope(first)
         tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
         store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(first))
         store_matrix(grad_first, n[:, None], N, u[None, :], R, du)
-        da = product(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
+        da = dot(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
     # Norm, depth averaging (the state is read again: held through all of the above, it would cost registers)
     x = tl.load(state + at, mask=inside, other=0.0)
     direction = x * inverse[:, None]
@@ -817,7 +818,7 @@ def tile_product(x, m, end, w, column, inside, K, stride_m, stride_k, BM: tl.con
         k = k0 + tl.arange(0, BK)
         a = load_matrix(x, m[:, None], end, k[None, :], K)
         at = w + column[None, :] * stride_m + k[:, None] * stride_k
-        acc = product(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
+        acc = dot(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
     return acc
 
 
@@ -889,7 +890,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     for n0 in range(start, end, BK):
         n = n0 + tl.arange(0, BK)
         g = load_matrix(grad, n[None, :], end, m[:, None], M)
-        acc = product(g, load_matrix(x, n[:, None], end, c[None, :], K), acc)
+        acc = dot(g, load_matrix(x, n[:, None], end, c[None, :], K), acc)
     store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
 
 
@@ -972,14 +973,21 @@ def experts(x, gate_up, down, offsets):
 
 
 @triton.jit
+def merged(stream, out, s_r, b_r, s_o, b_o, weight, d, D, eps):
+    """One token's new stream, and the same normed: (BD) each, fp32."""
+    x = (load_vector(stream, d, D) + load_vector(b_r, d, D)) * load_vector(s_r, d, D)
+    x += (load_vector(out, d, D) + load_vector(b_o, d, D)) * load_vector(s_o, d, D)
+    w = load_vector(weight, d, D)  # before the sum, for which threads wait for each other
+    return x, x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * w
+
+
+@triton.jit
 def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD: tl.constexpr):
     """Grid (N)."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    x = (load_vector(stream + n * D, d, D) + load_vector(b_r, d, D)) * load_vector(s_r, d, D)
-    x += (load_vector(out + n * D, d, D) + load_vector(b_o, d, D)) * load_vector(s_o, d, D)
+    x, y = merged(stream + n * D, out + n * D, s_r, b_r, s_o, b_o, weight, d, D, eps)
     tl.store(new + n * D + d, x, mask=d < D)
-    x *= tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * load_vector(weight, d, D)
-    tl.store(normed + n * D + d, x.to(normed.dtype.element_ty), mask=d < D)
+    tl.store(normed + n * D + d, y.to(normed.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -1056,13 +1064,68 @@ def merge_gradient(ctx, grad_new, grad_normed):
 merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Decoding: one new token's CCA and its attention over the cache, and a few tokens through their experts
+# 6. Decoding: one new token's products, its CCA, its attention over the cache, and a few tokens through their experts
 #
-# All are bound by memory: the matrices, the keys and values; and by launches, which is why the first also takes the
-# token into the cache. A token reads its own expert's rows and no other's: a program owns BF units and streams their
-# rows through. Attention is split along time, SPLITS programs a key head, each with its own running softmax; a second
-# kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the same, so it can be
-# captured, and the work is what the context needs.
+# All are bound by memory: the matrices, the keys and values; and by the number of launches. So a product takes the
+# merge before it along: every program does that for the whole row again, while its part of the matrix is on the way;
+# and CCA takes the token into the cache. A token reads its own expert's rows and no other's: a program owns BF units
+# and streams their rows through. Attention is split along time, SPLITS programs a key head, each with its own running
+# softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the
+# same, so it can be captured, and the work is what the context needs.
+
+
+@triton.jit
+def row_kernel(stream, x, s_r, b_r, s_o, b_o, norm, eps, weight, bias, new, normed, out, M, K, MERGE: tl.constexpr,
+               BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
+    the stream that x joins, normed; the first program of a row also writes new and normed, as merge does."""
+    n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
+    y = tl.zeros((BF,), tl.float32)
+    if bias is not None:
+        y = load_vector(bias, m, M)
+    if MERGE:
+        merged_stream, row = merged(stream + n * K, x + n * K, s_r, b_r, s_o, b_o, norm, k, K, eps)
+        if tl.program_id(0) == 0:
+            tl.store(new + n * K + k, merged_stream, mask=k < K)
+            tl.store(normed + n * K + k, row.to(normed.dtype.element_ty), mask=k < K)
+    else:
+        row = load_vector(x + n * K, k, K)
+    y += tl.sum(matrix.to(tl.float32) * row[None, :], axis=1)
+    tl.store(out + n * M + m, y.to(out.dtype.element_ty), mask=m < M)
+
+
+def row_shape(weight):
+    """Grid and constants for a matrix: at least 128 programs, and no more than 16,384 numbers for one to hold."""
+    M, BK = len(weight), block(weight.shape[1])
+    BF = max(1, min(2 ** int(math.log2(max(1, M // 128))), 16384 // BK))
+    return cdiv(M, BF), dict(BF=BF, BK=BK) | config("row")
+
+
+@operator
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """As zaya.product."""
+    (N, K), M, (programs, shape) = x.shape, len(weight), row_shape(weight)
+    out, unused = weight.new_empty(N, M), [None] * 6
+    launch(
+        row_kernel, (programs, N), None, x, *unused[:5], 0.0, weight, None, None, None, out, M, K, MERGE=False, **shape
+    )
+    return out
+
+
+@operator
+def merged_product(
+    stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor, b_o: Tensor, norm: Tensor, eps: float,
+    weight: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.merged_product."""
+    (N, K), M, (programs, shape) = stream.shape, len(weight), row_shape(weight)
+    new, normed, y = torch.empty_like(stream), torch.empty_like(out), weight.new_empty(N, M)
+    launch(
+        row_kernel, (programs, N), stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias, new, normed, y, M, K,
+        MERGE=True, **shape,
+    )  # fmt: skip
+    return new, normed, y
 
 
 @triton.jit
@@ -1189,12 +1252,12 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
         at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
         inside = (s < end)[:, None] & (c < h)[None, :]
         keys = tl.load(k + at, mask=inside, other=0.0)
-        scores = product(queries, tl.trans(keys)) * scale
+        scores = dot(queries, tl.trans(keys)) * scale
         scores = tl.where((s < end)[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
         values = tl.load(v + at, mask=inside, other=0.0)
-        acc = product(weights.to(values.dtype), values, acc * shrink[:, None])
+        acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
         total, largest = total * shrink + tl.sum(weights, axis=1), new
     own = partial + (query * SPLITS + split) * (h + 2)
     tl.store(own[:, None] + c[None, :], acc, mask=mine)
@@ -1242,8 +1305,8 @@ def can_run_on(device):
 
 def unsupported(name, *args):
     """Why a kernel cannot take these arguments; None if it can."""
-    # route: that of its matrices; merge: of what is added
-    dtype = args[5][0].dtype if name == "route" else args[1 if name == "merge" else 0].dtype
+    # route: that of its matrices; the merges: of what is added
+    dtype = args[5][0].dtype if name == "route" else args["merge" in name].dtype
     if dtype not in DTYPES:
         return f"{dtype} is not supported" + (" by Triton's interpreter" if INTERPRETED else "")
     if name in ("cca", "cca_step") and (h := args[4 if name == "cca" else 3][0].shape[1]) > 256:
@@ -1252,8 +1315,8 @@ def unsupported(name, *args):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:
         return f"router_hidden_size {args[0].shape[1]} is above 512"
-    if name == "merge" and args[0].shape[-1] > 16384:
-        return f"hidden_size {args[0].shape[-1]} is above 16384"
+    if name in ("merge", "merged_product", "product") and args[0].shape[-1] > 16384:
+        return f"a row of {args[0].shape[-1]} numbers is above 16384"
     return None
 
 

@@ -104,6 +104,10 @@ class ZayaConfig:
         return all(getattr(self, name) == value for name, value in ZAYA1.items())
 
     @property
+    def has_block_of_zaya1(self):  # whatever attention is in it
+        return all(getattr(self, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
+
+    @property
     def rotary_dim(self):
         return int(self.head_dim * self.partial_rotary_factor)
 
@@ -292,8 +296,7 @@ class CCA(nn.Module):
         keep = cache is not None and not torch.is_grad_enabled()
         if keep and cache.projection is not None:
             return cache.projection
-        parts = self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed
-        weight = torch.cat([part.weight for part in parts])
+        weight = torch.cat([part.weight for part in self.children() if isinstance(part, nn.Linear)])
         if keep:
             cache.projection = weight
         return weight
@@ -307,9 +310,12 @@ class CCA(nn.Module):
 
     def forward(self, x, temp, cos, sin, cache):
         """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h), or None where cca_step has put them into the cache."""
-        qkv = linear(x, self.projection(cache))
+        return self.mix(linear(x, self.projection(cache)), temp, cos, sin, cache)
+
+    def mix(self, qkv, temp, cos, sin, cache):
+        """What comes after the projection (B, T, C + Hk * h)."""
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
-        if cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
+        if cache is not None and qkv.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
         return cca(qkv, *self.before(qkv, cache), *convolutions, temp, cos, sin)
 
@@ -329,14 +335,16 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
-        q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
+        qkv = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
+        return linear(self.attend(*qkv, cache), self.o_proj.weight)
+
+    def attend(self, q, k, v, cache):
+        """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
         if cache is not None and k is not None:  # or cca_step has put them there
             k, v = cache.append(k, v)
         if cache is None or q.shape[1] > 1:
-            out = attend(q, k, v, self.window)
-        else:  # decoding
-            out = attend_past(q, cache.k, cache.v, cache.end, self.window)
-        return linear(out, self.o_proj.weight)
+            return attend(q, k, v, self.window)
+        return attend_past(q, cache.k, cache.v, cache.end, self.window)  # decoding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +378,11 @@ class Router(nn.Module):
 
     def forward(self, x, before):
         """x (N, D), before: the previous layer's state (N, R) or None -> what route returns."""
-        r, mlp = linear(x, self.down_proj.weight, self.down_proj.bias), self.router_mlp
+        return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), before)
+
+    def think(self, r, before):
+        """What comes after the projection down (N, R)."""
+        mlp = self.router_mlp
         gamma = None if before is None else self.router_states_scale
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
         probability, choice, counts, state = route(
@@ -491,8 +503,11 @@ class ResidualScaling(nn.Module):
 
     def forward(self, stream, out, norm):
         """stream (B, T, D) fp32, out (B, T, D), norm: the next RMSNorm -> what merge returns."""
-        scales = self.residual_scale, self.residual_bias, self.hidden_states_scale, self.hidden_states_bias
-        return merge(stream, out, *scales, norm.weight, norm.eps)
+        return merge(stream, out, *self.vectors, norm.weight, norm.eps)
+
+    @property
+    def vectors(self):
+        return self.residual_scale, self.residual_bias, self.hidden_states_scale, self.hidden_states_bias
 
 
 @has_kernel
@@ -523,6 +538,21 @@ class Block(nn.Module):
         out, router_state = self.mlp(normed, router_state)
         stream, normed = self.post_mlp_residual_scale(stream, out, next_norm)
         return stream, normed, router_state
+
+    def decode(self, stream, out, scaling, router_state, rotary, cache):
+        """forward for one token a text, with each merge left to the product after it: what `out` (B, D) does to the
+        stream (B, D) by scaling (ResidualScaling.vectors) is still to be done -> the same four, after this layer."""
+        attention, gate, norm = self.self_attn, self.mlp.gate, self.input_layernorm
+        projection = attention.qkv_proj.projection(cache)
+        stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
+        q, k, v = attention.qkv_proj.mix(qkv[:, None], attention.qk_norm.get("temp"), *rotary, cache)
+        out = product(attention.attend(q, k, v, cache)[:, 0], attention.o_proj.weight)
+        scaling, norm = self.post_attention_residual_scale.vectors, self.post_attention_layernorm
+        down = gate.down_proj.weight, gate.down_proj.bias
+        stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
+        probability, choice, _, router_state = gate.think(r, router_state)
+        out = self.mlp.weighed_experts(normed, probability, choice)
+        return stream, out, self.post_mlp_residual_scale.vectors, router_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,10 +616,7 @@ class Zaya(nn.Module):
         config, positions = self.config, torch.arange(tokens.shape[1], device=tokens.device)
         if cache:
             positions = cache.advance(positions)
-        thetas = {"hybrid": config.rope_theta, "hybrid_sliding": config.sliding_rope_theta}
-        rotary = {
-            name: rotary_table(positions, config.rotary_dim, thetas[name]) for name in sorted(set(config.layer_types))
-        }
+        rotary = self.rotary(positions)
         stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
@@ -599,6 +626,24 @@ class Zaya(nn.Module):
         for layer, layer_type, past, next_norm in zip(self.layers, config.layer_types, caches, next_norms):
             stream, normed, router_state = layer(stream, normed, router_state, rotary[layer_type], past, next_norm)
         return normed.to(self.head.dtype)
+
+    def rotary(self, positions):
+        """The (cos, sin) of each type of layer for positions (T)."""
+        config = self.config
+        thetas = {"hybrid": config.rope_theta, "hybrid_sliding": config.sliding_rope_theta}
+        return {
+            name: rotary_table(positions, config.rotary_dim, thetas[name]) for name in sorted(set(config.layer_types))
+        }
+
+    def decode(self, tokens, cache):
+        """hidden_states for one new token a text, tokens (B), in fewer launches -> (B, D). See Block.decode."""
+        rotary = self.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=tokens.device)))
+        out, state = self.embed_tokens(tokens), None
+        stream, nothing = out.float(), torch.zeros_like(self.input_hidden_states_bias)
+        scaling = self.input_hidden_states_scale, self.input_hidden_states_bias, nothing, nothing  # no merge so far
+        for layer, layer_type, past in zip(self.layers, self.config.layer_types, cache.layers):
+            stream, out, scaling, state = layer.decode(stream, out, scaling, state, rotary[layer_type], past)
+        return merge(stream, out, *scaling, self.norm.weight, self.norm.eps)[1]
 
     def logits(self, hidden):
         """hidden (..., D) -> (..., V) in fp32."""
@@ -665,10 +710,14 @@ class Zaya(nn.Module):
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
 
-        def step(token):
-            return pick(self.hidden_states(token[:, None], cache)[:, -1])
+        by_kernels = on_kernels(cache.end)
+        # Of one text: for several, decode would read a matrix once each, where torch's product reads it once for all.
+        alone = by_kernels and len(cache.layers[0].k) == 1 and self.config.has_block_of_zaya1
 
-        return captured(step, cache) if cache.end.is_cuda and on_kernels(cache.end) else step
+        def step(token):
+            return pick(self.decode(token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1])
+
+        return captured(step, cache) if by_kernels and cache.end.is_cuda else step
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Continue tokens (B, T), T >= 1, by up to max_new_tokens -> (B, T + n).
@@ -966,10 +1015,19 @@ class Product:
         return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
 
 
+@has_kernel
 def product(x, weight):
     """x (B, in), few rows, times weight (out, in) -> (B, out): a Product for a single use, where there is one."""
     on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
     return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
+
+
+@has_kernel
+def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
+    """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
+    -> the new stream, normed, (B, M)."""
+    stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
+    return stream, normed, linear(normed, weight, bias)
 
 
 class DecoderNorm:
@@ -1110,8 +1168,7 @@ class PartialCCA(CCA):
         for convolution in {"depthwise", "grouped"} & set(self.without):
             delattr(self, f"conv_qk_{convolution}")
 
-    def forward(self, x, temp, cos, sin, cache):
-        qkv = linear(x, self.projection(cache))
+    def mix(self, qkv, temp, cos, sin, cache):
         past, v_before = self.before(qkv, cache)
         (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
         qk, v_now, v_late = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
@@ -1140,10 +1197,11 @@ class PlainProjection(nn.Module):
         self.k_proj = nn.Linear(D, config.num_key_value_heads * self.h, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * self.h, bias=False)
 
-    def forward(self, x, temp, cos, sin, cache):
-        q, k, v = (
-            linear(x, part.weight).unflatten(-1, (-1, self.h)) for part in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    projection, forward = CCA.projection, CCA.forward
+
+    def mix(self, qkv, temp, cos, sin, cache):
+        sizes = [part.out_features for part in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (part.unflatten(-1, (-1, self.h)) for part in qkv.split(sizes, dim=-1))
         return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
 
 

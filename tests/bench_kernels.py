@@ -70,6 +70,14 @@ def cases(config, B, T, device, dtype):
             (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
             N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
         ),
+        "product": (
+            (random(1, Hq * h, grad=False), random(D, Hq * h, grad=False)), D * Hq * h * size, 2 * D * Hq * h, 0, 0
+        ),
+        "merged_product": (
+            (random(1, D, dtype=fp32, grad=False), random(1, D, grad=False), *(scale.detach() for scale in scales),
+             1e-5, random(C + Hk * h, D, scale=D**-0.5, grad=False), random(C + Hk * h, grad=False)),
+            (C + Hk * h) * D * size, 2 * (C + Hk * h) * D, 0, 0,
+        ),
         "cca_step": (
             (qkv[:1, :1].detach(), cache, *(tuple(t.detach() for t in pair) for pair in convolutions), temp.detach(),
              angles[:1].cos(), angles[:1].sin()),
@@ -259,7 +267,7 @@ def compile_for(architecture, dtype=torch.bfloat16):
     )
 
     def compile_and_print(kernel, grid, *args, **constants):
-        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)", "SWIGLU": " (SwiGLU)"}
+        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)", "SWIGLU": " (SwiGLU)", "MERGE": " (merge)"}
         label = kernel.__name__ + "".join(text for name, text in variants.items() if constants.get(name))
         if label not in seen:
             seen.add(label)

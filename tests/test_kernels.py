@@ -22,7 +22,10 @@ SMALL = ZayaConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8, num_experts=5,
     moe_intermediate_size=40, router_hidden_size=24, vocab_size=50,
 )  # fmt: skip
-FUNCTIONS = ["cca", "route", "dispatch", "experts", "combine", "merge", "cca_step", "experts_of_few", "attend_past"]
+FUNCTIONS = [
+    "cca", "route", "dispatch", "experts", "combine", "merge",
+    "product", "merged_product", "cca_step", "experts_of_few", "attend_past",
+]  # fmt: skip
 SHAPES = {  # batch, tokens, and what differs from SMALL
     "tails": (2, 37, {}),
     "one token": (1, 1, {}),
@@ -168,12 +171,29 @@ def test_some_tokens_skipped():
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_text_from_a_cache():
-    prompt, texts = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]), []
+@pytest.mark.parametrize("prompt", [[[1, 2, 3, 4, 5, 6]], [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]])
+def test_text_from_a_cache(prompt):
+    texts = []
     for way in ("eager", "triton"):
         model = tiny_model(way, layer_types=["hybrid", "hybrid_sliding"], sliding_window=4)
-        texts.append(model.generate(prompt, 6, temperature=0))
+        texts.append(model.generate(torch.tensor(prompt), 6, temperature=0))
     assert texts[0].equal(texts[1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("attention, launches", [("cca", 9), ("mha", 8)])  # a layer; mha mixes nothing, but by torch
+def test_one_text_takes_fewer_launches(attention, launches, monkeypatch):
+    model, tokens = tiny_model("triton", attention=attention), torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+    whole, counted, launch = model.hidden_states(tokens), [], kernels.launch
+    cache = model.new_cache(1, tokens.shape[1])
+    first = model.hidden_states(tokens[:, :2], cache)
+    monkeypatch.setattr(
+        kernels, "launch", lambda kernel, *args, **kwargs: counted.append(kernel) or launch(kernel, *args, **kwargs)
+    )
+    step = model.decoder(cache, lambda hidden: hidden)
+    rest = [step(token) for token in tokens[0, 2:].split(1)]
+    torch.testing.assert_close(torch.cat([first[0], *rest]), whole[0], rtol=1e-5, atol=1e-5)
+    assert len(counted) == len(rest) * (launches * len(model.layers) + 1)
 
 
 def test_twenty_steps():
@@ -265,7 +285,7 @@ def test_compiles_without_that_gpu(architecture, dtype):
         assert shared <= (65536 if architecture == "gfx942" else 232448), name
         if dtype == "bfloat16":
             assert spilled == 0 and waves >= 1 and registers > 0, name
-            assert (matrix_instructions > 0) == ("product" in uses[name]), name
+            assert (matrix_instructions > 0) == ("dot" in uses[name]), name
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     of_this_version = f"triton=={triton.__version__} " in readme  # its table is of gfx942 in bf16
     if of_this_version and (architecture, dtype) == ("gfx942", "bfloat16"):
