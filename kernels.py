@@ -1075,7 +1075,7 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 
 
 @triton.jit
-def row_kernel(stream, x, s_r, b_r, s_o, b_o, norm, eps, weight, bias, new, normed, out, M, K, MERGE: tl.constexpr,
+def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
                BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
     the stream that x joins, normed; the first program of a row also writes new and normed, as merge does."""
@@ -1095,22 +1095,23 @@ def row_kernel(stream, x, s_r, b_r, s_o, b_o, norm, eps, weight, bias, new, norm
     tl.store(out + n * M + m, y.to(out.dtype.element_ty), mask=m < M)
 
 
-def row_shape(weight):
-    """Grid and constants for a matrix: at least 128 programs, and no more than 16,384 numbers for one to hold."""
-    M, BK = len(weight), block(weight.shape[1])
-    BF = max(1, min(2 ** int(math.log2(max(1, M // 128))), 16384 // BK))
-    return cdiv(M, BF), dict(BF=BF, BK=BK) | config("row")
+def row_product(x, weight, bias, merging):
+    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None."""
+    (N, K), M = x.shape, len(weight)
+    BK, out = block(K), weight.new_empty(N, M)
+    # 128 programs or more, if there are rows for them, and at most 16,384 numbers for one to hold
+    BF = max(1, min(next_power_of_2(M // 128 + 1) // 2, 16384 // BK))
+    launch(
+        row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
+        BF=BF, BK=BK, **config("row"),
+    )  # fmt: skip
+    return out
 
 
 @operator
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """As zaya.product."""
-    (N, K), M, (programs, shape) = x.shape, len(weight), row_shape(weight)
-    out, unused = weight.new_empty(N, M), [None] * 6
-    launch(
-        row_kernel, (programs, N), None, x, *unused[:5], 0.0, weight, None, None, None, out, M, K, MERGE=False, **shape
-    )
-    return out
+    return row_product(x.contiguous(), weight, None, None)
 
 
 @operator
@@ -1119,12 +1120,8 @@ def merged_product(
     weight: Tensor, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.merged_product."""
-    (N, K), M, (programs, shape) = stream.shape, len(weight), row_shape(weight)
-    new, normed, y = torch.empty_like(stream), torch.empty_like(out), weight.new_empty(N, M)
-    launch(
-        row_kernel, (programs, N), stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias, new, normed, y, M, K,
-        MERGE=True, **shape,
-    )  # fmt: skip
+    new, normed = torch.empty_like(stream), torch.empty_like(out)
+    y = row_product(out, weight, bias, (stream, s_r, b_r, s_o, b_o, norm, eps, new, normed))
     return new, normed, y
 
 

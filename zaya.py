@@ -539,21 +539,6 @@ class Block(nn.Module):
         stream, normed = self.post_mlp_residual_scale(stream, out, next_norm)
         return stream, normed, router_state
 
-    def decode(self, stream, out, scaling, router_state, rotary, cache):
-        """forward for one token a text, with each merge left to the product after it: what `out` (B, D) does to the
-        stream (B, D) by scaling (ResidualScaling.vectors) is still to be done -> the same four, after this layer."""
-        attention, gate, norm = self.self_attn, self.mlp.gate, self.input_layernorm
-        projection = attention.qkv_proj.projection(cache)
-        stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
-        q, k, v = attention.qkv_proj.mix(qkv[:, None], attention.qk_norm.get("temp"), *rotary, cache)
-        out = product(attention.attend(q, k, v, cache)[:, 0], attention.o_proj.weight)
-        scaling, norm = self.post_attention_residual_scale.vectors, self.post_attention_layernorm
-        down = gate.down_proj.weight, gate.down_proj.bias
-        stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
-        probability, choice, _, router_state = gate.think(r, router_state)
-        out = self.mlp.weighed_experts(normed, probability, choice)
-        return stream, out, self.post_mlp_residual_scale.vectors, router_state
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -635,16 +620,6 @@ class Zaya(nn.Module):
             name: rotary_table(positions, config.rotary_dim, thetas[name]) for name in sorted(set(config.layer_types))
         }
 
-    def decode(self, tokens, cache):
-        """hidden_states for one new token a text, tokens (B), in fewer launches -> (B, D). See Block.decode."""
-        rotary = self.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=tokens.device)))
-        out, state = self.embed_tokens(tokens), None
-        stream, nothing = out.float(), torch.zeros_like(self.input_hidden_states_bias)
-        scaling = self.input_hidden_states_scale, self.input_hidden_states_bias, nothing, nothing  # no merge so far
-        for layer, layer_type, past in zip(self.layers, self.config.layer_types, cache.layers):
-            stream, out, scaling, state = layer.decode(stream, out, scaling, state, rotary[layer_type], past)
-        return merge(stream, out, *scaling, self.norm.weight, self.norm.eps)[1]
-
     def logits(self, hidden):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
@@ -711,11 +686,11 @@ class Zaya(nn.Module):
             return lambda token: pick(decoder.step(token))
 
         by_kernels = on_kernels(cache.end)
-        # Of one text: for several, decode would read a matrix once each, where torch's product reads it once for all.
         alone = by_kernels and len(cache.layers[0].k) == 1 and self.config.has_block_of_zaya1
 
         def step(token):
-            return pick(self.decode(token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1])
+            hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
+            return pick(hidden)
 
         return captured(step, cache) if by_kernels and cache.end.is_cuda else step
 
@@ -1022,14 +997,6 @@ def product(x, weight):
     return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
 
-@has_kernel
-def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
-    """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
-    -> the new stream, normed, (B, M)."""
-    stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
-    return stream, normed, linear(normed, weight, bias)
-
-
 class DecoderNorm:
     """RMSNorm of (B, D) in five calls, none with a Python number: each of those costs a copy of its own."""
 
@@ -1146,6 +1113,40 @@ class DecoderLayer:
             return torch.zeros_like(x)
         gate, up = self.gate_up[expert](x).chunk(2, dim=1)
         return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding one text by kernels: Zaya.hidden_states for its new token. A launch costs microseconds there, so each merge
+# is left to the product that follows it. (For several texts at once these products would read a matrix once for each,
+# where torch's read it once for all.) Skip this section on a first reading.
+
+
+def hidden_of_one(model, token, cache):
+    """token (1), cache of one text -> what the LM head sees (1, D)."""
+    rotary = model.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=token.device)))
+    out, state = model.embed_tokens(token), None
+    stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
+    scaling = s_r, b_r, torch.zeros_like(s_r), torch.zeros_like(b_r)  # the input affine is a merge with nothing
+    for block, layer_type, past in zip(model.layers, model.config.layer_types, cache.layers):
+        attention, gate = block.self_attn, block.mlp.gate
+        norm, projection = block.input_layernorm, attention.qkv_proj.projection(past)
+        stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
+        q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], past)
+        out = product(attention.attend(q, k, v, past)[0], attention.o_proj.weight)
+        scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
+        down = gate.down_proj.weight, gate.down_proj.bias
+        stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
+        probability, choice, _, state = gate.think(r, state)
+        out, scaling = block.mlp.weighed_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
+    return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1]
+
+
+@has_kernel
+def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
+    """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
+    -> the new stream, normed, (B, M)."""
+    stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
+    return stream, normed, linear(normed, weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

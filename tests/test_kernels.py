@@ -122,6 +122,15 @@ def test_attention_sees_the_true_length(length, window):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("M", [1, 40, 300])
+def test_several_rows_times_a_matrix(M):
+    torch.manual_seed(0)
+    stream, out, vectors, weight = torch.randn(3, 24), torch.randn(3, 24), torch.randn(5, 24), torch.randn(M, 24)
+    for name, args in {"product": (out, weight), "merged_product": (stream, out, *vectors, 1e-5, weight, None)}.items():
+        theirs, ours = (results_and_gradients(way, name, args)[0] for way in ("eager", "triton"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("taps", [(2, 2), (3, 2), (1, 1)])
 @pytest.mark.parametrize("position", [0, 1, 2, 7])
 def test_a_new_token_enters_the_cache(position, taps):
