@@ -232,25 +232,33 @@ def mix(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: t
 
 
 @triton.jit
-def turn(
-    x, cos, sin, t, T, h: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr
-):
+def load_angles(cos, sin, t, T, HALF: tl.constexpr, BH: tl.constexpr):
+    """cos and sin of what each channel of tokens t turns by, (BT, BH)."""
+    c = tl.arange(0, BH)
+    at, mask = t[:, None] * HALF + (c % HALF)[None, :], (t < T)[:, None] & (c < 2 * HALF)[None, :]
+    return tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def turn(x, cosine, sine, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr):
     """RoPE: channels c and c + HALF turn in their plane, channels from 2 * HALF on stay. SIGN -1 turns back."""
     c = tl.arange(0, BH)
     partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
     other = tl.gather(x, tl.broadcast_to(partner[None, :], (BT, BH)), axis=1)
-    at, mask = t[:, None] * HALF + (c % HALF)[None, :], (t < T)[:, None] & (c < 2 * HALF)[None, :]
-    cosine, sine = tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
     return x * cosine + other * sine * tl.where(c < HALF, -SIGN, SIGN)[None, :]
 
 
 @triton.jit
-def normalize_and_turn(x, temp, cos, sin, t, T, head, Hq: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
-                       BT: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+def load_length(temp, head, Hq: tl.constexpr, h: tl.constexpr):
+    """What a query or a key is normalised to."""
+    return tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+
+
+@triton.jit
+def normalize_and_turn(x, length, cosine, sine, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
     """From a head's sum to what attention sees."""
     norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
-    length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
-    return turn(x * (length / norm)[:, None], cos, sin, t, T, h, HALF, BT, BH, 1)
+    return turn(x * (length / norm)[:, None], cosine, sine, HALF, BT, BH, 1)
 
 
 @triton.jit
@@ -273,7 +281,8 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
         x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
-        x = normalize_and_turn(x, temp, cos, sin, t, T, head, Hq, h, HALF, BT, BH)
+        cosine, sine = load_angles(cos, sin, t, T, HALF, BH)
+        x = normalize_and_turn(x, load_length(temp, head, Hq, h), cosine, sine, HALF, BT, BH)
         if head < Hq:
             store_rows(q, Hq * h, b, t, T, head * h + c, (head + 1) * h, x)
         else:
@@ -303,9 +312,9 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
         grad_x = load_rows(grad_q, Hq * h, b, t, T, head * h + c, (head + 1) * h).to(tl.float32)
     else:
         grad_x = load_rows(grad_k, Hk * h, b, t, T, (head - Hq) * h + c, (head - Hq + 1) * h).to(tl.float32)
-    grad_x = turn(grad_x, cos, sin, t, T, h, HALF, BT, BH, -1)
-    along = tl.sum(grad_x * x, axis=1)
-    length = tl.sqrt(h * 1.0) * tl.load(temp + head - Hq, mask=head >= Hq, other=1.0)
+    cosine, sine = load_angles(cos, sin, t, T, HALF, BH)
+    grad_x = turn(grad_x, cosine, sine, HALF, BT, BH, -1)
+    along, length = tl.sum(grad_x * x, axis=1), load_length(temp, head, Hq, h)
     grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
     store_rows(grad, H * h, b, t, T, head * h + c, (head + 1) * h, grad_x)
     inside = (t < T)[:, None] & (c < h)[None, :]
@@ -1128,7 +1137,7 @@ def merged_product(
 @triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
-                    TAPS1: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
     head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
@@ -1136,8 +1145,8 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
     WIDTH: tl.constexpr = (H + Hk) * h
     position = tl.load(end).to(tl.int64) - 1
     qkv, recent = qkv + b * WIDTH, recent + b * SIZE * WIDTH
-    newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
     if head == H:
+        newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
         for c0 in range(0, Hk * h, BH):
             column = c0 + c
             late, inside = column >= Hk * h // 2, column < Hk * h
@@ -1146,11 +1155,19 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
+        # First ask for what need not wait for the position: the q-k mean's heads, as in mean_with_partners, and angles
+        GROUP: tl.constexpr = Hq // Hk
+        own, bias = tl.load(qkv + head * h + c, mask=c < h, other=0.0), load_vector(W_bias + head * h, c, h)
+        first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)
+        partners = load_matrix(qkv + first * h, tl.arange(0, BG)[:, None], sharers, c[None, :], h).to(tl.float32)
+        cosine, sine = load_angles(cos, sin, tl.arange(0, 1), 1, HALF, BH)
+        length = load_length(temp, head, Hq, h)
         # acc[o] = sum over j of W[o, j] * x[j]. A row of W is (h, TAPS1) laid flat: j is channel k at `tap`; and x[j]
         # is what the first convolution makes of that channel in TAPS0 tokens, each `ago` steps back
-        acc = load_vector(W_bias + head * h, c, h)
+        acc = tl.zeros((BH,), tl.float32)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
+            matrix = load_matrix(W + head * h * h * TAPS1, c[:, None], h, j[None, :], h * TAPS1)
             k, tap, inside = j // TAPS1, j % TAPS1, j < h * TAPS1
             x = tl.load(w_bias + head * h + k, mask=inside, other=0.0).to(tl.float32)
             for a in tl.static_range(TAPS0):
@@ -1159,17 +1176,14 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
                 value = tl.load(old, mask=inside & (ago > 0), other=0.0)
                 value += tl.load(qkv + column, mask=inside & (ago == 0), other=0.0)
                 x += value.to(tl.float32) * tl.load(w + column * TAPS0 + a, mask=inside, other=0.0).to(tl.float32)
-            matrix = load_matrix(W + head * h * h * TAPS1, c[:, None], h, j[None, :], h * TAPS1).to(tl.float32)
-            acc += tl.sum(matrix * x[None, :], axis=1)
-        # The rest as in the forward pass of 1, for a block of one token
-        t = tl.arange(0, 1)
-        x = acc[None, :] + mean_with_partners(qkv, 0, t, head, 1, WIDTH, Hq, Hk, h, BH, False)
-        x = normalize_and_turn(x, temp, cos, sin, t, 1, head, Hq, h, HALF, 1, BH)
+            acc += tl.sum(matrix.to(tl.float32) * x[None, :], axis=1)
+        acc += bias + 0.5 * (own.to(tl.float32) + tl.sum(partners, axis=0) / sharers)
+        x, t = normalize_and_turn(acc[None, :], length, cosine, sine, HALF, 1, BH), tl.arange(0, 1)
         if head < Hq:
             store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)
         else:
             store_rows(cache_k, Hk * h, b * S + position, t, 1, (head - Hq) * h + c, (head - Hq + 1) * h, x)
-        tl.store(newest + head * h + c, tl.load(qkv + head * h + c, mask=c < h), mask=c < h)
+        tl.store(recent + position % SIZE * WIDTH + head * h + c, own, mask=c < h)
 
 
 @operator
@@ -1183,7 +1197,7 @@ def cca_step_forward(
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
         SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
-        BH=block(h), **c,
+        BG=next_power_of_2(H // Hk - 1), BH=block(h), **c,
     )  # fmt: skip
     return q
 
@@ -1248,12 +1262,11 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
         s = s0 + tl.arange(0, BS)
         at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
         inside = (s < end)[:, None] & (c < h)[None, :]
-        keys = tl.load(k + at, mask=inside, other=0.0)
+        keys, values = tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
         scores = dot(queries, tl.trans(keys)) * scale
         scores = tl.where((s < end)[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
-        values = tl.load(v + at, mask=inside, other=0.0)
         acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
         total, largest = total * shrink + tl.sum(weights, axis=1), new
     own = partial + (query * SPLITS + split) * (h + 2)
@@ -1267,11 +1280,10 @@ def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, BH: tl.cons
     """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
     s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
-    largest = tl.load(own + h)
-    weight = tl.exp(largest - tl.max(largest, axis=0))
-    total = tl.sum(weight * tl.load(own + h + 1), axis=0)
+    largest, total = tl.load(own + h), tl.load(own + h + 1)
     values = tl.load(own[:, None] + c[None, :], mask=(c < h)[None, :], other=0.0)
-    result = tl.sum(values * weight[:, None], axis=0) / total
+    weight = tl.exp(largest - tl.max(largest, axis=0))
+    result = tl.sum(values * weight[:, None], axis=0) / tl.sum(weight * total, axis=0)
     tl.store(out + tl.program_id(0) * h + c, result.to(out.dtype.element_ty), mask=c < h)
 
 
