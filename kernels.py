@@ -1088,7 +1088,7 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
                BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
     the stream that x joins, normed; the first program of a row also writes new and normed, as merge does."""
-    n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
     matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
