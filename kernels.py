@@ -233,7 +233,7 @@ def mix(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: t
 
 @triton.jit
 def load_angles(cos, sin, t, T, HALF: tl.constexpr, BH: tl.constexpr):
-    """cos and sin of what each channel of tokens t turns by, (BT, BH)."""
+    """From cos and sin (T, HALF), those of what each channel of tokens t turns by, (BT, BH)."""
     c = tl.arange(0, BH)
     at, mask = t[:, None] * HALF + (c % HALF)[None, :], (t < T)[:, None] & (c < 2 * HALF)[None, :]
     return tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
@@ -241,7 +241,8 @@ def load_angles(cos, sin, t, T, HALF: tl.constexpr, BH: tl.constexpr):
 
 @triton.jit
 def turn(x, cosine, sine, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr):
-    """RoPE: channels c and c + HALF turn in their plane, channels from 2 * HALF on stay. SIGN -1 turns back."""
+    """RoPE of x (BT, BH): channels c and c + HALF turn in their plane, those from 2 * HALF on stay. SIGN -1 turns
+    back."""
     c = tl.arange(0, BH)
     partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
     other = tl.gather(x, tl.broadcast_to(partner[None, :], (BT, BH)), axis=1)
@@ -1108,7 +1109,7 @@ def row_product(x, weight, bias, merging):
     """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None."""
     (N, K), M = x.shape, len(weight)
     BK, out = block(K), weight.new_empty(N, M)
-    # 128 programs or more, if there are rows for them, and at most 16,384 numbers for one to hold
+    # The largest power of two that leaves 128 programs (if M is that large), and at most 16,384 numbers for one to hold
     BF = max(1, min(next_power_of_2(M // 128 + 1) // 2, 16384 // BK))
     launch(
         row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
@@ -1197,7 +1198,7 @@ def cca_step_forward(
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
         SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
-        BG=next_power_of_2(H // Hk - 1), BH=block(h), **c,
+        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **c,
     )  # fmt: skip
     return q
 
@@ -1315,7 +1316,8 @@ def can_run_on(device):
 def unsupported(name, *args):
     """Why a kernel cannot take these arguments; None if it can."""
     # route: that of its matrices; the merges: of what is added
-    dtype = args[5][0].dtype if name == "route" else args["merge" in name].dtype
+    merges = name in ("merge", "merged_product")
+    dtype = args[5][0].dtype if name == "route" else args[1 if merges else 0].dtype
     if dtype not in DTYPES:
         return f"{dtype} is not supported" + (" by Triton's interpreter" if INTERPRETED else "")
     if name in ("cca", "cca_step") and (h := args[4 if name == "cca" else 3][0].shape[1]) > 256:
@@ -1324,8 +1326,8 @@ def unsupported(name, *args):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:
         return f"router_hidden_size {args[0].shape[1]} is above 512"
-    if name in ("merge", "merged_product", "product") and args[0].shape[-1] > 16384:
-        return f"a row of {args[0].shape[-1]} numbers is above 16384"
+    if (merges or name == "product") and args[0].shape[-1] > 16384:
+        return f"rows of {args[0].shape[-1]} numbers are longer than 16384"
     return None
 
 

@@ -292,7 +292,8 @@ class CCA(nn.Module):
         self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
 
     def projection(self, cache):
-        """The four matrices as one (C + Hk * h, D), which a cache keeps: while it lives, the model does not change."""
+        """The matrices as one (C + Hk * h, D), in __init__'s order. A cache keeps it: while that lives, no weight
+        changes."""
         keep = cache is not None and not torch.is_grad_enabled()
         if keep and cache.projection is not None:
             return cache.projection
@@ -313,7 +314,7 @@ class CCA(nn.Module):
         return self.mix(linear(x, self.projection(cache)), temp, cos, sin, cache)
 
     def mix(self, qkv, temp, cos, sin, cache):
-        """What comes after the projection (B, T, C + Hk * h)."""
+        """qkv (B, T, C + Hk * h), the projection's result -> what forward returns."""
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
         if cache is not None and qkv.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
@@ -381,7 +382,7 @@ class Router(nn.Module):
         return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), before)
 
     def think(self, r, before):
-        """What comes after the projection down (N, R)."""
+        """r (N, R), x projected down -> what route returns."""
         mlp = self.router_mlp
         gamma = None if before is None else self.router_states_scale
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
@@ -624,8 +625,8 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        # The same without a gradient: times_fp32 needs no fp32 copy of a bf16 head on a GPU, and product is faster for
-        # a single row in fp32.
+        # The same without a gradient: times_fp32 needs no fp32 copy of a bf16 head on a GPU, and on a CPU product is
+        # faster for a single row in fp32.
         rows = hidden.flatten(0, -2)
         multiply = product if len(rows) == 1 and self.head.dtype == torch.float32 else times_fp32
         return multiply(rows, self.head).unflatten(0, hidden.shape[:-1])
@@ -992,7 +993,7 @@ class Product:
 
 @has_kernel
 def product(x, weight):
-    """x (B, in), few rows, times weight (out, in) -> (B, out): a Product for a single use, where there is one."""
+    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU a Product for one use."""
     on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
     return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
@@ -1122,7 +1123,8 @@ class DecoderLayer:
 
 
 def hidden_of_one(model, token, cache):
-    """token (1), cache of one text -> what the LM head sees (1, D)."""
+    """token (1), cache of one text -> what the LM head sees (1, D), without a gradient."""
+    use_kernels(model.kernels)
     rotary = model.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=token.device)))
     out, state = model.embed_tokens(token), None
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
@@ -1138,13 +1140,13 @@ def hidden_of_one(model, token, cache):
         stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
         probability, choice, _, state = gate.think(r, state)
         out, scaling = block.mlp.weighed_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
-    return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1]
+    return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1].to(model.head.dtype)
 
 
 @has_kernel
 def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
     """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
-    -> the new stream, normed, (B, M)."""
+    -> the new stream, normed, (B, M). Without a gradient."""
     stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
     return stream, normed, linear(normed, weight, bias)
 

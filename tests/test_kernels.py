@@ -122,11 +122,12 @@ def test_attention_sees_the_true_length(length, window):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("M", [1, 40, 300])
+@pytest.mark.parametrize("M", [1, 40, 301, 513])  # 1, 1, 2 and 4 of which are a program's
 def test_several_rows_times_a_matrix(M):
     torch.manual_seed(0)
     stream, out, vectors, weight = torch.randn(3, 24), torch.randn(3, 24), torch.randn(5, 24), torch.randn(M, 24)
-    for name, args in {"product": (out, weight), "merged_product": (stream, out, *vectors, 1e-5, weight, None)}.items():
+    bias = torch.randn(M) if M > 40 else None
+    for name, args in {"product": (out, weight), "merged_product": (stream, out, *vectors, 1e-5, weight, bias)}.items():
         theirs, ours = (results_and_gradients(way, name, args)[0] for way in ("eager", "triton"))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
