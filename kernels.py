@@ -1156,7 +1156,8 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
-        # First ask for what need not wait for the position: the q-k mean's heads, as in mean_with_partners, and angles
+        # First ask for what need not wait for the position: the angles, and the heads of the q-k mean. (Which are
+        # those of mean_with_partners; there one is read after the other.)
         GROUP: tl.constexpr = Hq // Hk
         own, bias = tl.load(qkv + head * h + c, mask=c < h, other=0.0), load_vector(W_bias + head * h, c, h)
         first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)

@@ -78,10 +78,10 @@ def read_prompt(prompt):
     """The text that --prompt stands for."""
     if prompt == "-":
         return sys.stdin.read()
-    return read_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
+    return utf8_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
 
 
-def read_text(path):
+def utf8_text(path):
     """A file's text. ValueError if it is not UTF-8."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
@@ -344,7 +344,7 @@ def bits_a_byte(writer, text):
 
 def compare(config, prompt):
     """Print what two checkpoints are, cost and write."""
-    text = read_text(config.text) if config.text else None
+    text = utf8_text(config.text) if config.text else None
     columns, facts = [], []
     for path in config.compare:
         writer = Writer(path, config)

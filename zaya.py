@@ -337,9 +337,9 @@ class Attention(nn.Module):
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
         qkv = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
-        return linear(self.attend(*qkv, cache), self.o_proj.weight)
+        return linear(self.weighed_values(*qkv, cache), self.o_proj.weight)
 
-    def attend(self, q, k, v, cache):
+    def weighed_values(self, q, k, v, cache):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
         if cache is not None and k is not None:  # or cca_step has put them there
             k, v = cache.append(k, v)
@@ -1128,13 +1128,14 @@ def hidden_of_one(model, token, cache):
     rotary = model.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=token.device)))
     out, state = model.embed_tokens(token), None
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
-    scaling = s_r, b_r, torch.zeros_like(s_r), torch.zeros_like(b_r)  # the input affine is a merge with nothing
+    nothing = torch.zeros_like(s_r)
+    scaling = s_r, b_r, nothing, nothing  # the input affine is a merge that `out` has no part in
     for block, layer_type, past in zip(model.layers, model.config.layer_types, cache.layers):
         attention, gate = block.self_attn, block.mlp.gate
         norm, projection = block.input_layernorm, attention.qkv_proj.projection(past)
         stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
         q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], past)
-        out = product(attention.attend(q, k, v, past)[0], attention.o_proj.weight)
+        out = product(attention.weighed_values(q, k, v, past)[0], attention.o_proj.weight)
         scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
         down = gate.down_proj.weight, gate.down_proj.bias
         stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
