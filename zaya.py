@@ -336,8 +336,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
-        qkv = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
-        return linear(self.weighed_values(*qkv, cache), self.o_proj.weight)
+        q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
+        return linear(self.weighed_values(q, k, v, cache), self.o_proj.weight)
 
     def weighed_values(self, q, k, v, cache):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
