@@ -42,7 +42,7 @@ class SampleConfig:
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
-    kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
+    kernels: str = "auto"  # auto or triton: Triton's on a GPU; eager: PyTorch alone
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):
@@ -120,7 +120,8 @@ class Writer:
         return ids
 
     def write(self, ids, show=None):
-        """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id) is called as the first grows."""
+        """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id) is called for each of the
+        first text's."""
         config, eos = self.config, self.ends[-1] if self.ends else None
         torch.manual_seed(config.seed)
         tokens = torch.tensor([ids] * config.num_samples, device=config.device)
@@ -142,19 +143,19 @@ class Writer:
 
 
 class Speed:
-    """How fast a text came, and what memory it took to be read for it."""
+    """How fast texts came, and how many bytes were read for them."""
 
     def __init__(self, model, config, prompt_tokens):
         self.model, self.config, self.prompt_tokens, self.count, self.kept = model, config, prompt_tokens, 0, 0
         self.started = self.now = time.perf_counter()
 
     def tick(self, kept):
-        """A token has come for every text; so many of them are no filling after a text's end."""
+        """One more token for every text; `kept` of them belong to texts that had not ended."""
         self.now, self.count, self.kept = time.perf_counter(), self.count + 1, self.kept + kept
         if self.count == 1:
             self.first = self.now
         if self.count == 2:
-            self.second, self.early = self.now, self.kept
+            self.second, self.kept_by_second = self.now, self.kept
 
     @property
     def tokens_per_s(self):
@@ -162,14 +163,15 @@ class Speed:
         ready. Of fewer tokens, all."""
         if self.count < 3:
             return self.kept / (self.now - self.started)
-        return (self.kept - self.early) / (self.now - self.second)
+        return (self.kept - self.kept_by_second) / (self.now - self.second)
 
     @property
     def steps_per_s(self):
         return (self.count - 2) / (self.now - self.second)
 
     def bytes_a_step(self):
-        """All weights but those of idle experts (with even routing), and keys and values half-way through the text."""
+        """Bytes read for one step: all weights but those of idle experts (with even routing), and keys and values
+        half-way through the text."""
         c, B = self.model.config, self.config.num_samples
         busy = 1 if c.mlp == "dense" else 1 - (1 - 1 / c.num_experts) ** B
         size = sum(
@@ -223,23 +225,6 @@ class Pieces:
         return piece
 
 
-class Printer:
-    """Prints the pieces of a growing text."""
-
-    def __init__(self, tokenizer):
-        self.pieces = Pieces(tokenizer)
-
-    def add(self, token):
-        self.show(self.pieces.add(token))
-
-    def finish(self):
-        self.show(self.pieces.rest())
-
-    def show(self, piece):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Seeing it think: which expert each token went to
 
@@ -248,27 +233,23 @@ class Printer:
 def choices(model, ids):
     """The expert that each layer's router chooses for each token of a text -> (L, T), and its probability (L, T). The
     text is read again for that, block by block of the model's context."""
-    heard, parts = [], []
-    hooks = [router.register_forward_hook(lambda module, args, out: heard.append(out)) for router in model.routers]
+    outputs, parts = [], []
+    hooks = [router.register_forward_hook(lambda module, args, out: outputs.append(out)) for router in model.routers]
     for block in torch.tensor([ids], device=model.head.device).split(model.config.max_position_embeddings, dim=1):
         model.hidden_states(block)
-        parts.append([torch.stack([out[i].cpu() for out in heard]) for i in (1, 0)])
-        heard.clear()
+        parts.append([torch.stack([out[i].cpu() for out in outputs]) for i in (1, 0)])
+        outputs.clear()
     for hook in hooks:
         hook.remove()
     return tuple(torch.cat(part, dim=1) for part in zip(*parts))
-
-
-def color(expert):
-    """(red, green, blue), 0 to 1: neighbours far apart in hue, none too dark or too bright for either background."""
-    return hsv_to_rgb(expert * 0.618 % 1, 0.65, 0.85 if expert % 2 else 0.7)
 
 
 def in_color(text, expert):
     """text for a terminal, in the expert's colour; NO_COLOR in the environment: followed by the expert's number."""
     if os.environ.get("NO_COLOR"):
         return f"{text}[{expert}]"
-    red, green, blue = (round(255 * part) for part in color(expert))
+    # Neighbours far apart in hue, none too dark or too bright for either background.
+    red, green, blue = (round(255 * part) for part in hsv_to_rgb(expert * 0.618 % 1, 0.65, 0.85 if expert % 2 else 0.7))
     return f"\x1b[38;2;{red};{green};{blue}m{text}\x1b[0m"
 
 
@@ -329,7 +310,7 @@ def draw_experts(pieces, chosen, probability, experts, path):
 
 @torch.no_grad()
 def bits_a_byte(writer, text):
-    """How many bits each byte of a text takes if the model foretells it, block by block of its context."""
+    """How many bits each byte of a text takes if the model predicts it, block by block of its context."""
     model, ids = writer.model, writer.tokenizer.encode(text)
     if len(ids) < 2:
         raise ValueError("--text is too short to measure anything on")
@@ -338,8 +319,8 @@ def bits_a_byte(writer, text):
         block = torch.tensor([ids[start : start + context + 1]], device=writer.config.device)
         _, loss = model(block[:, :-1], block[:, 1:])
         nats += loss.item() * (block.shape[1] - 1)
-    foretold = len(writer.tokenizer.decode_bytes(ids[1:]))
-    return nats / math.log(2) / foretold
+    predicted = len(writer.tokenizer.decode_bytes(ids[1:]))
+    return nats / math.log(2) / predicted
 
 
 def compare(config, prompt):
@@ -394,16 +375,18 @@ def main():
         raise ValueError(
             f"--show_experts {config.show_experts}: no such layer of experts; layers are 0 to {layers - 1}"
         )
-    ids, printer, start = writer.ids(prompt), Printer(writer.tokenizer), "" if config.chat else prompt
+    ids, pieces, start = writer.ids(prompt), Pieces(writer.tokenizer), "" if config.chat else prompt
+
+    def show(token):
+        print(pieces.add(token), end="", flush=True)
+
     streaming = config.num_samples == 1 and config.show_experts is None
-    if streaming:
+    if config.num_samples == 1:
         sys.stdout.write(start)
-    texts, speed = writer.write(ids, printer.add if streaming else None)
+    texts, speed = writer.write(ids, show if streaming else None)
     if streaming:
-        printer.finish()
-        print()
+        print(pieces.rest())
     elif config.show_experts is not None:
-        sys.stdout.write(start)
         show_experts(writer, ids, texts[0], config.show_experts)
     else:
         for i, row in enumerate(texts, start=1):

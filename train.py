@@ -18,12 +18,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent
 class TrainConfig:
     preset: str = "nano"  # nano, mini, small, medium or zaya1-8b: shape and recipe; other flags change parts of them
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
-    later_data: str | None = None  # another such, of the same tokenizer, for the second half of the steps
+    later_data: str | None = None  # data for the second half of the steps, in the same tokens as --data's
     out: str = "out"  # run directory: checkpoints, log, pictures
     steps: int = 400  # optimizer steps
     batch_size: int = 16  # sequences a step, over all ranks and micro-batches
@@ -60,21 +60,21 @@ class TrainConfig:
     lr: float = 0.012  # peak learning rate, for Muon and AdamW alike
     final_lr: float = 0.05  # where the cosine ends, as a share of lr
     warmup: int = 20  # steps from 0 to lr
-    weight_decay: float = 0.05  # of the matrices: a step takes lr times this share of them away
+    weight_decay: float = 0.05  # of the matrices alone: a step multiplies them by 1 - lr * weight_decay
     momentum: float = 0.95  # Muon's
     grad_clip: float = 1.0  # largest norm of the whole gradient
     balancing: str = "pid"  # of the experts: pid (AdamW, ZAYA1's), sign (a fixed step, DeepSeek's) or none
-    balance_lr: float = 0.02  # first learning rate of the balancing biases, which has no warm-up
+    balance_lr: float = 0.02  # learning rate of the balancing biases: no warm-up, then it falls as lr does
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
-    kernels: str = "auto"  # auto, triton (both: Triton's on a GPU) or eager (PyTorch alone)
+    kernels: str = "auto"  # auto or triton: Triton's on a GPU; eager: PyTorch alone
     recompute: bool = False  # keep less for the backward pass: attention and experts are computed again there
     compile: bool | None = None  # torch.compile; None: on a GPU
     eval_every: int = 100  # steps between evaluations
-    eval_batches: int = 16  # micro-batches an evaluation, spread over the validation text; 0: all of it
-    eval_only: bool = False  # evaluate --init_from, or --resume's checkpoint, and leave
-    log_every: int = 1  # steps between lines of the log; an evaluation has one, too
+    eval_batches: int = 16  # of up to 16 sequences and 32,768 tokens, spread over the validation text; 0: all of it
+    eval_only: bool = False  # evaluate the checkpoint of --init_from or --resume, and exit
+    log_every: int = 1  # steps between lines of the log; evaluations are always logged
     save_every: int = 100  # steps between checkpoints; there is one at the end, too
     keep: int = 2  # checkpoints to keep, beside the best; 0: none is written
     resume: bool = False  # go on with the run in --out, with its flags
@@ -110,7 +110,7 @@ RECIPES = {
 
 
 def flags_of(cls, given):
-    """Those of the flags given that are fields of a dataclass."""
+    """{name: value} of the flags given that are fields of cls."""
     return {name: value for name, value in given.items() if name in {f.name for f in fields(cls)}}
 
 
@@ -150,8 +150,11 @@ class Ranks:
             store, *_ = next(dist.rendezvous("env://"))
             # After a crash torchrun starts all ranks again with one store: the last try's addresses must not count.
             store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+            backend, own = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world, device_id=own,
+                timeout=timedelta(minutes=30),  # NCCL's own 10 may not do while rank 0 writes a large checkpoint
+            )  # fmt: skip
 
     def sum(self, tensor):
         """tensor, summed over all ranks, in place."""
@@ -164,16 +167,18 @@ class Ranks:
             dist.barrier()
 
 
-def faster_dtype(device):
-    """bfloat16 on a GPU; on a CPU whichever multiplies faster: native bf16 has 2 to 4 times fp32's rate."""
-    if device.type != "cpu":
-        return "bfloat16" if device.type == "cuda" else "float32"
+def faster_dtype(ranks):
+    """bfloat16 on a GPU; on a CPU whichever multiplies faster, by the first rank's clock: native bf16 has 2 to 4 times
+    fp32's rate."""
+    if ranks.device.type != "cpu":
+        return "bfloat16" if ranks.device.type == "cuda" else "float32"
 
     def seconds(dtype):
         a = torch.randn(1024, 256).to(dtype)
         return min(timeit.repeat(lambda: a @ a.t(), repeat=5, number=1))
 
-    return "bfloat16" if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+    faster = ranks.first and 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+    return "bfloat16" if ranks.sum(torch.tensor(float(faster))) else "float32"
 
 
 def tune_memory():
@@ -189,8 +194,8 @@ def tune_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 # What the hardware can do, and what a step takes of it
 
-PEAK_FLOPS = {  # dense bf16 by datasheet, by a part of the device's name
-    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250": 383e12,
+PEAK_FLOPS = {  # dense bf16 by datasheet, by a part of the device's name; an MI250X is two devices
+    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250": 383e12 / 2,
     "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
 }  # fmt: skip
 
@@ -210,7 +215,8 @@ def flops_a_token(config, active, block_size):
 
 
 class Speed:
-    """What the log says of a step's speed. flops: of a token's operations, this device's share."""
+    """What the log says of a step's speed. flops: operations a token, forward and backward, divided by the ranks.
+    In the log, of_product is the rate beside that of a large matrix product."""
 
     def __init__(self, flops, device, dtype):
         self.flops, self.device = flops, device
@@ -225,7 +231,7 @@ class Speed:
 
 
 def memory_plan(model, optimizer, tokens):
-    """{what: bytes} that training takes on this rank, before it is taken; tokens: of one micro-batch.
+    """{what: bytes} that training holds on this rank; tokens: of one micro-batch.
 
     Activations are what the backward pass needs of every layer: the stream and what is added to it at both merges,
     inputs and results of the products (eager PyTorch keeps up to a third more); and the gradient and a chunk of logits.
@@ -240,7 +246,9 @@ def memory_plan(model, optimizer, tokens):
     layer += 0 if optimizer.config.recompute else (attention + experts) * size
     head = 2 * c.vocab_size * c.hidden_size * 4 + 3 * 4 * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
     return {
-        "weights": weights, "gradients": weights, "optimizer": sum(t.numel() * t.element_size() for t in kept),
+        "weights": weights,
+        "gradients": weights * min(2, optimizer.muon.ranks.world),  # several ranks': added up, and DDP's buckets
+        "optimizer": sum(t.numel() * t.element_size() for t in kept),
         "activations": tokens * c.num_hidden_layers * layer + head,
     }  # fmt: skip
 
@@ -307,14 +315,14 @@ class Tokens:
             raise ValueError(f"{path} holds the token id {largest}, the vocabulary ends at {meta['vocab_size'] - 1}")
         self.block_size, self.seed = block_size, seed
         self.blocks = (count - 1) // block_size
+        self.per_epoch = max(1, self.blocks - 1)  # one less, so that every epoch can cut the text at other places
 
     @lru_cache(maxsize=2)
     def epoch(self, number):
-        """Where the blocks of an epoch begin, in its order. Every epoch cuts the text at other places."""
+        """Where the blocks of an epoch begin, in its order."""
         random = np.random.default_rng([self.seed, number])
-        blocks = max(1, self.blocks - 1)
-        shift = random.integers(0, len(self.ids) - blocks * self.block_size)
-        return shift + self.block_size * random.permutation(blocks)
+        shift = random.integers(0, len(self.ids) - self.per_epoch * self.block_size)
+        return shift + self.block_size * random.permutation(self.per_epoch)
 
     def batch(self, starts, device):
         """(inputs, targets), each (len(starts), block_size) int64, targets one token later."""
@@ -326,9 +334,8 @@ class Tokens:
 
     def training_batch(self, step, batch_size, first, last, device):
         """Sequences first to last - 1 of the batch_size sequences of a step."""
-        numbers = range(step * batch_size + first, step * batch_size + last)
-        per_epoch = len(self.epoch(0))
-        return self.batch([self.epoch(i // per_epoch)[i % per_epoch] for i in numbers], device)
+        places = [divmod(i, self.per_epoch) for i in range(step * batch_size + first, step * batch_size + last)]
+        return self.batch([self.epoch(epoch)[place] for epoch, place in places], device)
 
     def validation_starts(self, sequences):
         """Where that many blocks, spread evenly over the text, begin; all of them for 0."""
@@ -500,7 +507,8 @@ class Muon:
 
 
 class AdamW:
-    """AdamW without decay for all that is no matrix, on one flat vector; each rank keeps and moves its part of it."""
+    """AdamW without weight decay for everything that is not a matrix, on one flat vector (size); each rank keeps and
+    updates its slice of it (part)."""
 
     def __init__(self, parameters, ranks=None, betas=(0.9, 0.95), eps=1e-10, prefix="adamw"):
         self.parameters, self.betas, self.eps, self.prefix = list(parameters), betas, eps, prefix
@@ -583,11 +591,12 @@ class Optimizer:
 
     def step(self, step, load):
         """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
-        lr, falling = learning_rate(step, self.config), learning_rate(max(step, self.config.warmup), self.config)
+        config, lr = self.config, learning_rate(step, self.config)
         self.muon.step(lr)
         self.adamw.step(lr)
         if self.balance:
-            self.balance.step(self.config.balance_lr * falling / self.config.lr, list(load - 1 / load.shape[1]))
+            balance_lr = config.balance_lr * learning_rate(max(step, config.warmup), config) / config.lr
+            self.balance.step(balance_lr, list(load - 1 / load.shape[1]))
 
     def masters(self):
         """The model's state dict with fp32 masters in the place of bf16 weights: on rank 0, with all ranks' help."""
@@ -609,7 +618,7 @@ class Optimizer:
 
 
 def learning_rate(step, config):
-    """Linear warm-up, then a cosine to final_lr * lr at the last step."""
+    """Linear warm-up, then a cosine that would reach final_lr * lr one step after the last."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -637,38 +646,15 @@ def sync(path):
 
 def replace_folder(new, final):
     """Put the finished folder new in the place of final, which may exist."""
-    for path in new.iterdir():
+    for path in [*new.iterdir(), new]:
         sync(path)
-    sync(new)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old)
-    else:
-        new.rename(final)
+    new.rename(final)
     sync(final.parent)
-
-
-def save_checkpoint(out, step, model, masters, state, tokenizer, record, keep):
-    """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay."""
-    final = out / f"step-{step:07d}"
-    new = out / f".{final.name}.partial"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        model.save_pretrained(new, masters)
-        tokenizer.save(new)
-        save_safetensors(new / "trainer.safetensors", state)
-        files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
-        (new / "trainer.json").write_text(json.dumps({**record, "step": step, "files": files}, indent=2) + "\n")
-        replace_folder(new, final)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(out)}") from None
-    for old in checkpoints_in(out)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def last_good(out):
@@ -682,51 +668,57 @@ class Saver:
 
     def __init__(self, out, optimizer, tokenizer, keep, ranks):
         self.out, self.optimizer, self.tokenizer, self.keep, self.ranks = out, optimizer, tokenizer, keep, ranks
-        self.thread, self.error = None, None
+        self.thread, self.last = ThreadPoolExecutor(1), None  # the Future of the last save in the background
 
     def save(self, step, record, best):
         """Save a step, as out/best, too, if it is the best. All ranks call this and give what they own; rank 0 writes,
-        once the save before is done. Raises OSError if a save has failed."""
+        once the save before is done."""
         self.wait()
         masters, state = self.optimizer.masters(), self.optimizer.state()
         if not self.ranks.first:
             return
         size = sum(t.numel() * t.element_size() for tensors in (masters, state) for t in tensors.values())
         if free_memory() < 2 * size:
-            self.write(step, masters, state, dict(record), best)
-            return self.check()
+            return self.write(step, masters, state, dict(record), best)
         masters, state = ({name: t.detach().to("cpu", copy=True) for name, t in d.items()} for d in (masters, state))
-        self.thread = threading.Thread(target=self.write, args=(step, masters, state, dict(record), best))
-        self.thread.start()
+        self.last = self.thread.submit(self.write, step, masters, state, dict(record), best)
 
     def write(self, step, masters, state, record, best):
+        """Write out/step-NNNNNNN; forget all but the newest `keep`. If it cannot: OSError, and the older ones stay."""
+        final = self.out / f"step-{step:07d}"
+        new = self.out / f".{final.name}.partial"
+        shutil.rmtree(new, ignore_errors=True)
         try:
-            model = self.optimizer.model
-            path = save_checkpoint(self.out, step, model, masters, state, self.tokenizer, record, self.keep)
-            if best:
-                mark_best(path)
+            self.optimizer.model.save_pretrained(new, masters)
+            self.tokenizer.save(new)
+            save_safetensors(new / "trainer.safetensors", state)
+            files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
+            (new / "trainer.json").write_text(json.dumps({**record, "step": step, "files": files}, indent=2) + "\n")
+            replace_folder(new, final)
         except OSError as error:
-            self.error = error
+            shutil.rmtree(new, ignore_errors=True)
+            raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
+        for old in checkpoints_in(self.out)[: -self.keep]:
+            shutil.rmtree(old)
+        if best:
+            mark_best(final)
 
     def wait(self):
-        """Wait for a save that is being written. Raises OSError if it failed."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        self.check()
+        """Wait for the last save to be written; raise what went wrong in it."""
+        if self.last:
+            self.last.result()
 
     def check(self):
-        """Raises OSError if a save has failed."""
-        if self.error:
-            raise self.error
+        """The same without waiting."""
+        if self.last and self.last.done():
+            self.last.result()
 
 
 def free_memory():
-    """Bytes of a host's memory that nobody uses; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError, OSError):
-        return 0
+    """Bytes of a host's memory that are to be had, the disk's cache included; 0 where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def check(checkpoint):
@@ -932,7 +924,8 @@ def shares(counts):
 def evaluate(model, texts, config, ranks, routers):
     """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
     unless the model is dense, val_load_entropy."""
-    starts = texts.val.validation_starts(config.eval_batches * config.micro_batch_size)
+    # As many on any number of ranks, so that what they find can be compared.
+    starts = texts.val.validation_starts(config.eval_batches * sequences_at_once(16, config.block_size))
     own = starts[ranks.rank :: ranks.world]
     total = torch.zeros((), dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
     for i in range(0, len(own), config.micro_batch_size):
@@ -953,7 +946,7 @@ def in_words(found):
 
 
 def finite(number):
-    """number, or None where JSON has no word for it."""
+    """number, or None: JSON has no NaN or infinity."""
     return number if math.isfinite(number) else None
 
 
@@ -987,17 +980,10 @@ def new_model(config, given, meta, eot):
     changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
         raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
-    must_know(meta["vocab_size"], model, config.init_from)
     if config.block_size:
         changes.setdefault("max_position_embeddings", config.block_size)
     model.config = replace(model.config, **changes)
     return model
-
-
-def must_know(token_ids, model, source):
-    """Raises ValueError unless the model read from source knows the data's token ids."""
-    if token_ids > model.config.vocab_size:
-        raise ValueError(f"--data has {token_ids} token ids, {source} knows {model.config.vocab_size}")
 
 
 def checkpoint_to_resume(out, ranks):
@@ -1018,6 +1004,9 @@ def checkpoint_to_resume(out, ranks):
 def open_run(out, flags, step):
     """Make the run directory what it was at that step, keep the flags in args.json, and open the log for more lines."""
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob(".*.old"):  # the power went between the two renames of replace_folder
+        if not (final := out / old.name[1:-4]).exists():
+            old.rename(final)
     for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
@@ -1088,20 +1077,25 @@ def main():
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
-        must_know(meta["vocab_size"], model, checkpoint)
+    elif config.eval_only and not config.init_from:
+        raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
         model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError(f"--data has {meta['vocab_size']} token ids, the model knows {model.config.vocab_size}")
     config.block_size = config.block_size or model.config.max_position_embeddings
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
+    if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
+        raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
     # What args.json keeps, without the micro-batch chosen next: another number of ranks may want another one.
     flags = asdict(config) | flags_of(ZayaConfig, given)
     config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
     if share % config.micro_batch_size:
         raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
     halves = open_halves(folder, meta, config, ranks)
-    config.dtype = faster_dtype(device) if config.dtype == "auto" else config.dtype
+    config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1115,7 +1109,7 @@ def main():
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        found = evaluate(compiled, halves[0], config, ranks, routers)
+        found = evaluate(compiled, halves[half(record["step"], config)], config, ranks, routers)
         ranks.first and print(in_words(found))
         return
 
@@ -1156,6 +1150,7 @@ def main():
         loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
         norm = grad_norm.item()
         counts = collect_counts(routers, ranks)
+        # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step(step, shares(counts))
             bad_in_a_row = 0
@@ -1166,15 +1161,15 @@ def main():
         step += 1
 
         # Evaluate, log, save.
-        seconds = time.perf_counter() - started
-        clock.steps.append(1e3 * seconds)
         entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
-        if ranks.first:
-            entry |= speed(config.batch_size * config.block_size, seconds)
         if counts is not None:
-            entry["load_entropy"] = load_entropy(counts[:, :-1].float())
+            entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # a GPU ends the optimizer's work first
             if step % load_every == 0 or config.log_every > 1:
                 entry["load"] = counts[:, :-1].tolist()
+        seconds = time.perf_counter() - started
+        clock.steps.append(1e3 * seconds)
+        if ranks.first:
+            entry |= speed(config.batch_size * config.block_size, seconds)
         better = False
         if step % config.eval_every == 0 or step == config.steps:
             with clock("evaluation"):
@@ -1192,7 +1187,7 @@ def main():
             raise ArithmeticError(
                 f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
             )
-        due = better or (step % config.save_every == 0 and not bad_in_a_row)  # what just went wrong can wait
+        due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
         if config.keep and (due or stopping or step == config.steps):
             with clock("checkpoints"):
                 saver.save(step, record, best=better)
@@ -1244,13 +1239,9 @@ def report_speed(clock, out):
 def report_ranks(ddp, ranks):
     """Print which rank is the slowest, by what DistributedDataParallel timed: the first steps and every hundredth."""
     timed, ms = ddp._get_ddp_logging_data(), torch.zeros(ranks.world, 2, device=ranks.device)
-
-    def nanoseconds(what):
-        return timed.get(f"avg_{what}_time", 0)
-
-    own = nanoseconds("forward_compute") + nanoseconds("backward_compute")
-    waited = nanoseconds("backward_comm") - nanoseconds("backward_compute_comm_overlap")
-    ms[ranks.rank] = torch.tensor([own, waited]) / 1e6
+    parts = "forward_compute", "backward_compute", "backward_comm", "backward_compute_comm_overlap"
+    forward, backward, communication, hidden = (timed.get(f"avg_{part}_time", 0) / 1e6 for part in parts)  # were ns
+    ms[ranks.rank] = torch.tensor([forward + backward, communication - hidden])
     own, waited = ranks.sum(ms).t().tolist()
     slowest = own.index(max(own))
     if ranks.first and own[slowest]:

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, wraps
 from pathlib import Path
 from types import NoneType
-from typing import get_args
+from typing import get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -262,16 +262,17 @@ def attend(q, k, v, window=None):
     if T in (1, S) and (window is None or window >= S):  # only the future is hidden, if there is any
         out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     else:  # is_causal would align the first query with the first key, wrong where S > T
-        mask = visible(S - T, S, 0, S, window, q.device)
+        mask = visible(S - T, 0, S, window, q.device)
         if q.is_cuda:  # of PyTorch's kernels there, the one that takes a mask wants a key head for each query head
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
-def visible(first_query, end_query, first_key, end_key, window, device):
-    """Whether a query sees a key: its own position's and earlier ones, `window` in all -> (queries, keys) bool."""
-    ago = torch.arange(first_query, end_query, device=device)[:, None] - torch.arange(first_key, end_key, device=device)
+def visible(first_query, first_key, end, window, device):
+    """Queries and keys, each from its first to end - 1 -> (queries, keys) bool: a query sees its own position and
+    earlier ones, `window` in all."""
+    ago = torch.arange(first_query, end, device=device)[:, None] - torch.arange(first_key, end, device=device)
     return ago >= 0 if window is None else (ago >= 0) & (ago < window)
 
 
@@ -291,16 +292,11 @@ class CCA(nn.Module):
         self.conv_qk_depthwise = nn.Conv1d(C, C, config.cca_time0, groups=C)
         self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
 
-    def projection(self, cache):
-        """The matrices as one (C + Hk * h, D), in __init__'s order. A cache keeps it: while that lives, no weight
-        changes."""
-        keep = cache is not None and not torch.is_grad_enabled()
-        if keep and cache.projection is not None:
+    def projection(self, cache=None):
+        """The matrices as one (C + Hk * h, D), in __init__'s order. A cache has it ready, but without a gradient."""
+        if cache is not None and not torch.is_grad_enabled():
             return cache.projection
-        weight = torch.cat([part.weight for part in self.children() if isinstance(part, nn.Linear)])
-        if keep:
-            cache.projection = weight
-        return weight
+        return torch.cat([part.weight for part in self.children() if isinstance(part, nn.Linear)])
 
     def before(self, qkv, cache):
         """past and v_before, as cca takes them; a cache then remembers qkv."""
@@ -327,7 +323,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer_type):
         super().__init__()
         self.window = config.sliding_window if layer_type == "hybrid_sliding" else None
-        self.qkv_proj = projections(config)  # CCA
+        projections = PlainProjection if config.attention != "cca" else PartialCCA if config.cca_without else CCA
+        self.qkv_proj = projections(config)
         # From scratch the temperature starts at 1. [T] and [Z] start at 0: every key is zero, and attention a mean.
         self.qk_norm = nn.ParameterDict(
             {"temp": torch.ones(config.num_key_value_heads)} if config.attention == "cca" else {}
@@ -343,7 +340,7 @@ class Attention(nn.Module):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
         if cache is not None and k is not None:  # or cca_step has put them there
             k, v = cache.append(k, v)
-        if cache is None or q.shape[1] > 1:
+        if cache is None or q.shape[1] > 1 or torch.is_grad_enabled():
             return attend(q, k, v, self.window)
         return attend_past(q, cache.k, cache.v, cache.end, self.window)  # decoding
 
@@ -599,10 +596,8 @@ class Zaya(nn.Module):
     def hidden_states(self, tokens, cache=None):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
         use_kernels(self.kernels)
-        config, positions = self.config, torch.arange(tokens.shape[1], device=tokens.device)
-        if cache:
-            positions = cache.advance(positions)
-        rotary = self.rotary(positions)
+        config, T = self.config, tokens.shape[1]
+        rotary = self.rotary(cache.advance(T) if cache else torch.arange(T, device=tokens.device))
         stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
@@ -614,12 +609,11 @@ class Zaya(nn.Module):
         return normed.to(self.head.dtype)
 
     def rotary(self, positions):
-        """The (cos, sin) of each type of layer for positions (T)."""
+        """{layer type: (cos, sin)} for positions (T), of the types that the model has."""
         config = self.config
         thetas = {"hybrid": config.rope_theta, "hybrid_sliding": config.sliding_rope_theta}
-        return {
-            name: rotary_table(positions, config.rotary_dim, thetas[name]) for name in sorted(set(config.layer_types))
-        }
+        present = {name: thetas[name] for name in thetas if name in config.layer_types}
+        return {name: rotary_table(positions, config.rotary_dim, theta) for name, theta in present.items()}
 
     def logits(self, hidden):
         """hidden (..., D) -> (..., V) in fp32."""
@@ -656,27 +650,26 @@ class Zaya(nn.Module):
         def pick(hidden):
             return sample(self.logits(hidden), temperature, top_k, top_p)
 
-        context = self.config.max_position_embeddings
-        cache = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens))
-        token, next_token = pick(self.hidden_states(tokens[:, -context:], cache)[:, -1]), None
-        ended, new = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), []
-        for count in range(1, max_new_tokens + 1):
+        context, cache, new = self.config.max_position_embeddings, None, []
+        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for count in range(max_new_tokens):
+            if cache is None or cache.length == cache.max_len:
+                # Read the prompt; or, when the context is full, its second half again as the beginning of a new one.
+                read = max(1, context // 2) if cache else context
+                tokens = torch.cat([tokens, *new], dim=1)[:, -read:]
+                cache, new = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens - count)), []
+                token, next_token = pick(self.hidden_states(tokens, cache)[:, -1]), None
+            else:
+                next_token = next_token or self.decoder(cache, pick)
+                token = next_token(token)
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
                 ended |= token == eos_token_id
-            new.append(token)
+            new.append(token[:, None])
             yield token
             # To ask a GPU is to wait for it: there every 16th token will do.
-            look = eos_token_id is not None and (not token.is_cuda or count % 16 == 0)
-            if count == max_new_tokens or (look and ended.all()):
+            if eos_token_id is not None and (not token.is_cuda or count % 16 == 15) and ended.all():
                 return
-            if cache.length < cache.max_len:
-                next_token = next_token or self.decoder(cache, pick)
-                token = next_token(token)
-            else:  # the context is full: read its second half again, as the beginning of a new one
-                tokens, new = torch.cat([tokens, torch.stack(new, dim=1)], dim=1)[:, -max(1, context // 2) :], []
-                cache = self.new_cache(len(tokens), context)
-                token, next_token = pick(self.hidden_states(tokens, cache)[:, -1]), None
 
     def decoder(self, cache, pick):
         """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
@@ -750,21 +743,17 @@ class Zaya(nn.Module):
     def load_official(self, headers):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
         place: no second copy in memory. ValueError, naming one, unless all are there, none is too many, all fit."""
-        own = official_names(self.state_dict())
-        missing = set(own)
+        missing = official_names(self.state_dict())
         legacy = any(".zaya_block." in name for entries, _ in headers.values() for name in entries)
         if legacy:  # there every expert has matrices of its own
-            for name in [name for name in own if ".experts." in name]:
-                missing.remove(name)
-                missing |= {f"{name}[{expert}]" for expert in range(self.config.num_experts)}
+            for name in [name for name in missing if ".experts." in name]:
+                missing |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(missing.pop(name))}
         for file, header in headers.items():
             for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
                 if place not in missing:
                     raise ValueError(f"{file} holds a tensor that this model has not, {name}")
-                missing.remove(place)
-                key, _, expert = place.rstrip("]").partition("[")
-                target = own[key][int(expert)] if expert else own[key]
+                target = missing.pop(place)
                 if shape != list(target.shape):
                     raise ValueError(f"{file}: {name} is {shape}, this model's is {list(target.shape)}")
                 read(target)
@@ -798,8 +787,8 @@ class LayerCache:
         self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
         self.past_columns, self.C, self.late = config.past_columns, (Hq + Hk) * h, Hk * h // 2
         self.recent = zeros(max(self.past_columns, 1) + 1, self.C + 2 * self.late)
-        self.positions = None  # of the newest tokens (T)
-        self.projection = None  # see CCA.projection
+        self.positions = None  # of the newest tokens (T); Cache.advance sets these and length
+        self.projection = None  # CCA.projection's result: while a cache lives, no weight changes
 
     def before(self, position):
         """What cca calls past and v_before, of the tokens before a position."""
@@ -831,28 +820,19 @@ class Cache:
         device, dtype = model.embed_tokens.weight.device, model.layers[0].self_attn.o_proj.weight.dtype
         self.end = torch.zeros((), dtype=torch.int32, device=device)  # length, where a kernel can read it
         self.layers = [LayerCache(model.config, batch_size, max_len, self.end, dtype) for _ in model.layers]
+        for layer, block in zip(self.layers, model.layers):
+            layer.projection = block.self_attn.qkv_proj.projection().detach()
 
-    def advance(self, places):
-        """Make room for new tokens, numbered 0 to T - 1 -> their positions (T). Raises ValueError if there is none."""
-        if self.length + len(places) > self.max_len:
-            raise ValueError(f"{self.length + len(places)} tokens do not fit a cache of {self.max_len}")
-        self.grow(len(places))
-        positions = places + self.end
-        self.end += len(places)
+    def advance(self, T):
+        """Make room for T new tokens of each text -> their positions (T). Raises ValueError if there is none."""
+        if self.length + T > self.max_len:
+            raise ValueError(f"{self.length + T} tokens do not fit a cache of {self.max_len}")
+        positions = torch.arange(T, device=self.end.device) + self.end
+        self.length += T
+        self.end += T
         for layer in self.layers:
-            layer.positions = positions
+            layer.length, layer.positions = self.length, positions
         return positions
-
-    def grow(self, tokens):
-        """Move on the CPU's own count of the tokens (back, if negative)."""
-        self.length += tokens
-        for layer in self.layers:
-            layer.length = self.length
-
-    def go_back(self):
-        """Forget the last token. Not two in a row: `recent` has one row to spare."""
-        self.end -= 1
-        self.grow(-1)
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -879,17 +859,18 @@ def captured(step, cache):
     with torch.cuda.stream(stream):  # compiles kernels, and sets aside what they need
         for _ in range(2):
             step(token)
-            cache.go_back()
+            cache.length -= 1  # and back; for this `recent` has a row to spare
+            cache.end -= 1
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         after = step(token)
-    cache.grow(-1)  # capturing ran no kernel; only the CPU's count has moved
+    cache.length -= 1  # capturing ran no kernel; only the CPU's count has moved
 
     def replay(new):
         token.copy_(new)
         graph.replay()
-        cache.grow(1)
+        cache.length += 1
         return after.clone()
 
     return replay
@@ -945,9 +926,8 @@ class Decoder:
         self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
         self.bias = model.input_hidden_states_bias * self.scale
         self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
-        for layer_type, theta in (("hybrid", config.rope_theta), ("hybrid_sliding", config.sliding_rope_theta)):
-            cos, sin = (t[:, 0] for t in rotary_table(torch.arange(cache.max_len), config.rotary_dim, theta))
-            rest = cos.new_zeros(len(cos), h - 2 * half)
+        for layer_type, (cos, sin) in model.rotary(torch.arange(cache.max_len)).items():
+            cos, sin, rest = cos[:, 0], sin[:, 0], cos.new_zeros(cache.max_len, h - 2 * half)
             self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
         norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
         self.first_norm, *norms = norms
@@ -958,7 +938,7 @@ class Decoder:
     def step(self, tokens):
         """tokens (B) -> what the LM head sees (B, D)."""
         position = self.cache.length
-        self.cache.grow(1)
+        self.cache.length += 1
         stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
         normed, state = self.first_norm(stream), None
         turns = {name: (cos[position], sin[position]) for name, (cos, sin) in self.rotary.items()}
@@ -1125,7 +1105,7 @@ class DecoderLayer:
 def hidden_of_one(model, token, cache):
     """token (1), cache of one text -> what the LM head sees (1, D), without a gradient."""
     use_kernels(model.kernels)
-    rotary = model.rotary(cache.advance(torch.zeros(1, dtype=torch.int64, device=token.device)))
+    rotary = model.rotary(cache.advance(1))
     out, state = model.embed_tokens(token), None
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
     nothing = torch.zeros_like(s_r)
@@ -1154,13 +1134,6 @@ def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Not ZAYA1: what it is compared with. Skip this section on a first reading.
-
-
-def projections(config):
-    """The part of Attention that makes queries, keys and values."""
-    if config.attention != "cca":
-        return PlainProjection(config)
-    return PartialCCA(config) if config.cca_without else CCA(config)
 
 
 class PartialCCA(CCA):
@@ -1391,7 +1364,7 @@ def attend_in_blocks(q, k, v, window, size=128):
     for start in range(0, T, size):
         end = min(start + size, T)
         first, stop = max(0, before + start + 1 - (window or S)), before + end  # the keys that some query sees
-        seen = visible(before + start, stop, first, stop, window, q.device)
+        seen = visible(before + start, first, stop, window, q.device)
         bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")).repeat(group, 1)
         queries = q[:, :, start:end].reshape(B * Hk, -1, h)
         scores = torch.baddbmm(bias, queries, k[:, first:stop].mT, alpha=1 / math.sqrt(h))
@@ -1612,25 +1585,19 @@ def complete(config):
         raise ValueError(f'router is zaya, no_eda or linear, not "{config.router}"')
 
 
-def replica(hidden_size, num_hidden_layers, head_dim, **changes):
+def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_position_embeddings=4096):
     """A ZAYA1 of another size in the official proportions: queries D / 2, keys D / 8, F = D, R = D / 8, 16 experts.
 
     Fresh weights have the standard deviation D^-0.5, which at ZAYA1's width is its 0.02. For nano after 60 steps the
     validation loss was 4.58 so and 4.66 with 0.02; for tiny Shakespeare (D = 128, 250 steps) 1.604 and 1.625.
     """
     return ZayaConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        head_dim=head_dim,
-        num_attention_heads=hidden_size // 2 // head_dim,
-        num_key_value_heads=hidden_size // 8 // head_dim,
-        moe_intermediate_size=hidden_size,
-        router_hidden_size=hidden_size // 8,
-        initializer_range=hidden_size**-0.5,
-        **{"vocab_size": 50257, "rope_theta": 1e4, "max_position_embeddings": 4096}
-        | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        | changes,
-    )
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, head_dim=head_dim,
+        num_attention_heads=hidden_size // 2 // head_dim, num_key_value_heads=hidden_size // 8 // head_dim,
+        moe_intermediate_size=hidden_size, router_hidden_size=hidden_size // 8, rope_theta=1e4,
+        max_position_embeddings=max_position_embeddings, initializer_range=hidden_size**-0.5,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
 
 
 PRESETS = {
@@ -1683,11 +1650,6 @@ def config_from_json(values):
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
     if "moe_router_topk" in values or "zaya_layers" in values:
         return legacy_config(values)
-    for field in fields(ZayaConfig):
-        kinds = get_args(field.type) or (field.type,)
-        if field.name in values and kinds[0] in (int, str) and not isinstance(values[field.name], kinds):
-            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-            raise ValueError(f"config.json has {field.name} = {values[field.name]}, which is no {wanted}")
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
@@ -1695,6 +1657,12 @@ def config_from_json(values):
             raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
         known |= {"partial_rotary_factor": rope["partial_rotary_factor"]} if "partial_rotary_factor" in rope else {}
+    for field in fields(ZayaConfig):
+        kinds = [get_origin(kind) or kind for kind in get_args(field.type) or (field.type,)]
+        kinds += [int] if float in kinds else []
+        if field.name in known and type(known[field.name]) not in kinds:
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"config.json has {field.name} = {known[field.name]}, which is no {wanted}")
     return ZayaConfig(**known)
 
 

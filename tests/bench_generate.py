@@ -84,7 +84,7 @@ def after_context(model, batch, context, new):
         layer.k.normal_()
         layer.v.normal_()
     cache.end.fill_(context)
-    cache.grow(context)
+    cache.length += context
     with torch.inference_mode():
         step = model.decoder(cache, lambda hidden: model.logits(hidden).argmax(dim=-1))
         token = step(torch.zeros(batch, dtype=torch.int64, device=device))

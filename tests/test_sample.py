@@ -97,28 +97,18 @@ def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
 @pytest.mark.parametrize(
     "text", ["naïve – ½ 中文 👩‍👩‍👧", "a\ufffdb", "x"], ids=["many bytes", "a real U+FFFD", "ascii"]
 )
-def test_only_whole_characters_are_shown(text, capsys):
+def test_only_whole_characters_are_shown(text):
     tokenizer = load_tokenizer("bytes")
-    printer, pieces = sample.Printer(tokenizer), []
-    for token in tokenizer.encode(text):  # a byte at a time
-        printer.add(token)
-        pieces.append(capsys.readouterr().out)
-    printer.finish()
-    rest = capsys.readouterr().out
-    assert "".join(pieces) == text and rest == ""
+    pieces = sample.Pieces(tokenizer)
+    shown = [pieces.add(token) for token in tokenizer.encode(text)]  # a byte at a time
+    assert "".join(shown) == text and pieces.rest() == ""
 
 
-def test_half_a_character_at_the_end_is_shown_at_last(capsys):
-    printer = sample.Printer(load_tokenizer("bytes"))
-    for token in b"a\xe2\x80":
-        printer.add(token)
-    assert capsys.readouterr().out == "a"
-    printer.finish()
-    assert capsys.readouterr().out == "\ufffd"
-    printer = sample.Printer(load_tokenizer("bytes"))
-    for token in b"\xe2\x80b":  # what never becomes a character is shown when that is certain
-        printer.add(token)
-    assert capsys.readouterr().out == "\ufffdb"
+def test_half_a_character_at_the_end_is_shown_at_last():
+    pieces = sample.Pieces(load_tokenizer("bytes"))
+    assert [pieces.add(token) for token in b"a\xe2\x80"] == ["a", "", ""] and pieces.rest() == "\ufffd"
+    pieces = sample.Pieces(load_tokenizer("bytes"))  # what never becomes a character is shown when that is certain
+    assert [pieces.add(token) for token in b"\xe2\x80b"] == ["", "", "\ufffdb"]
 
 
 def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
