@@ -48,6 +48,7 @@ def assert_refused(done, *named):
         "too few layer types": ({"layer_types": "hybrid"}, "layer_types"),
         "a window without a size": ({"layer_types": "hybrid,hybrid_sliding"}, "sliding_window"),
         "nothing to start from": ({"init_from": "nowhere/at/all"}, "nowhere/at/all"),
+        "nothing to evaluate": ({"eval_only": True}, "--init_from"),
     }.values(),
     ids=str,
 )

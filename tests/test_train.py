@@ -390,6 +390,23 @@ def test_only_the_newest_checkpoints_are_kept_and_the_best(tiny, call, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["best", "step-0000004", "step-0000005"]
 
 
+def test_a_best_checkpoint_that_was_being_replaced_comes_back(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    (out / "best").rename(out / ".best.old")  # and then the power went
+    assert call(train, "--out", out, "--resume").status == 0
+    assert (out / "best" / "config.json").exists() and not list(out.glob(".*"))
+
+
+def test_a_failed_save_in_the_background_ends_the_run(tiny, call, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(train, "sha256", fail)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        call(train, *flags(**tiny, out=tmp_path))
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_eval_only_prints_and_writes_nothing(finished, tiny, call, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in finished.out.rglob("*")}
     val_loss = log_of(finished.out)[-1]["val_loss"]
@@ -759,6 +776,14 @@ def test_saved_on_two_ranks_resumed_on_four(finished, tiny, tmp_path):
     again = command("train.py", "--out", out, "--resume", ranks=4)
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
     assert_near(out, finished.out, 1e-5)
+    alone, several = (log_of(run)[2]["val_loss"] for run in (finished.out, out))
+    assert abs(alone - several) < 1e-5  # on the same part of the validation text
+
+
+@pytest.mark.parametrize("first_says, taken", [(0, "float32"), (1, "bfloat16")])
+def test_all_ranks_take_the_first_ones_dtype(first_says, taken):
+    second = SimpleNamespace(device=torch.device("cpu"), first=False, sum=lambda own: own + first_says)
+    assert train.faster_dtype(second) == taken
 
 
 def test_every_rank_has_its_share(tmp_path):
