@@ -93,9 +93,10 @@ shapes_alone = False  # set while an operator is asked for the shapes of its res
 
 
 def launch(kernel, grid, *args, **constants):
-    """What every operator calls."""
+    """What every operator calls. The first argument is a tensor; its GPU need not be the current one."""
     if not shapes_alone:
-        kernel[grid](*args, **constants)
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **constants)
 
 
 def operator(function):
@@ -402,7 +403,7 @@ def cca_backward(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
         **shape, **c,
     )  # fmt: skip
-    c = config("cca_filters")
+    c = config("cca_filters") | ({"num_stages": 1} if h * qkv.element_size() > 512 else {})  # 64 KB of LDS hold no two
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
@@ -414,7 +415,16 @@ def cca_gradient(ctx, grad_q, grad_k, grad_v):
     qkv, past, _, *rest = ctx.saved_tensors
     grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
     grad_qkv, grad_filters, sums = cca_backward(*grads, qkv, past, *rest)
-    return grad_qkv, None, None, grad_filters, sums[:, :-1].flatten(), sums[-grad_k.shape[2] :, -1], None, None
+    return (
+        grad_qkv,
+        None,
+        None,
+        grad_filters,
+        sums[:, :-1].flatten(),
+        sums[-grad_k.shape[2] :, -1].contiguous(),
+        None,
+        None,
+    )
 
 
 cca_forward.register_autograd(cca_gradient, setup_context=save_inputs)
@@ -704,12 +714,12 @@ def dispatch_kernel(x, choice, counts, ends, sorted_x, positions, N, D, BT: tl.c
 
 
 @triton.jit
-def combine_kernel(y, positions, probability, out, N, D, WEIGHED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (N / BT, D / BD): out[n] = y[positions[n]], times probability[n] if WEIGHED."""
+def combine_kernel(y, positions, probability, out, N, D, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT, D / BD): out[n] = y[positions[n]], times probability[n] if WEIGHTED."""
     n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     position = tl.load(positions + n, mask=n < N, other=N)
     rows = load_matrix(y, position[:, None], N, d[None, :], D)
-    if WEIGHED:
+    if WEIGHTED:
         rows = rows * load_vector(probability, n, N)[:, None]
     store_matrix(out, n[:, None].to(tl.int64), N, d[None, :], D, rows)
 
@@ -747,7 +757,7 @@ def combine(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
     (N, D), c, out = y.shape, config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
-    launch(combine_kernel, grid, y, positions, probability, out, N, D, WEIGHED=probability is not None, **c)
+    launch(combine_kernel, grid, y, positions, probability, out, N, D, WEIGHTED=probability is not None, **c)
     return out
 
 
@@ -1213,7 +1223,7 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):
     """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
-    SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighed."""
+    SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighted."""
     n, m = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
     expert = tl.load(choice + n)
     w = weight + expert * (2 * M if SWIGLU else M) * K
@@ -1297,6 +1307,7 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | N
     splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | config("past")
+    shape["BS"] = max(16, min(shape["BS"], 2**15 // (block(h) * k.element_size())))  # keys and values of 32 KB each
     launch(
         past_kernel, (splits, B * Hk), q.contiguous(), k, v, length, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape,
@@ -1327,6 +1338,8 @@ def unsupported(name, *args):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:
         return f"router_hidden_size {args[0].shape[1]} is above 512"
+    if name == "route" and args[5][0][0].nbytes > 512 and architecture() not in (*ARCHITECTURES, "none"):
+        return f"rows of {args[5][0][0].nbytes} bytes are more than an unknown GPU may have room for"
     if (merges or name == "product") and args[0].shape[-1] > 16384:
         return f"rows of {args[0].shape[-1]} numbers are longer than 16384"
     return None

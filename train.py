@@ -257,9 +257,11 @@ def recompute(model):
     """Let attention and experts keep nothing but their inputs, and run again in the backward pass. The router is not
     among them: it would count its tokens twice."""
     for layer in model.layers:
-        experts = "weighed_experts" if isinstance(layer.mlp, MixtureOfExperts) else "forward"
+        experts = "weighted_experts" if isinstance(layer.mlp, MixtureOfExperts) else "forward"
         for module, method in ((layer.self_attn, "forward"), (layer.mlp, experts)):
-            setattr(module, method, partial(run_again, getattr(module, method), use_reentrant=False))
+            # Nothing in there is random; and to ask a GPU for its random state would end a capture.
+            again = partial(run_again, getattr(module, method), use_reentrant=False, preserve_rng_state=False)
+            setattr(module, method, again)
 
 
 def say_memory(plan, ranks):

@@ -17,7 +17,7 @@ Shapes, one letter each:
   B batch         T time (tokens)          S time with the cache's past    N = B * T
   D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
   L layers        E experts                F expert width                  R router width      V vocabulary
-  P past tokens that CCA's convolutions see before the current one, its "columns"
+  P columns: how many tokens before the current one CCA's two convolutions see
 
 linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
 configuration chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is
@@ -122,7 +122,7 @@ class ZayaConfig:
 
 
 def has_kernel(eager):
-    """Decorate a function: call its twin in kernels.py instead, where there is a way."""
+    """Decorate a function: its twin in kernels.py is called instead, where that can run."""
     name = eager.__name__
 
     @wraps(eager)
@@ -226,7 +226,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 
     qkv        [q0 | k0 | v_now | v_late] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
     past       the P columns of [q0 | k0] before these (B, P, C), zeros at the start of a text
-    v_before   the v_late before these (B, 1, Hk * h / 2), zeros at the start of a text
+    v_before   the v_late of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
     temp       (Hk), a learned factor for the length of a key, used raw ([C] had exp(temp); the released weights do not)
@@ -334,9 +334,9 @@ class Attention(nn.Module):
     def forward(self, x, rotary, cache):
         """x (B, T, D), rotary (cos, sin), cache: this layer's LayerCache or None -> (B, T, D)."""
         q, k, v = self.qkv_proj(x, self.qk_norm.get("temp"), *rotary, cache)
-        return linear(self.weighed_values(q, k, v, cache), self.o_proj.weight)
+        return linear(self.weighted_values(q, k, v, cache), self.o_proj.weight)
 
-    def weighed_values(self, q, k, v, cache):
+    def weighted_values(self, q, k, v, cache):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
         if cache is not None and k is not None:  # or cca_step has put them there
             k, v = cache.append(k, v)
@@ -350,13 +350,13 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Gives each token one of E experts, or the skip class: then it passes the experts of this layer by."""
+    """Gives each token one of E experts, or the skip class: then no expert of this layer sees it."""
 
     def __init__(self, config, layer):
         super().__init__()
         D, R, classes = config.hidden_size, config.router_hidden_size, config.num_experts + 1
         self.down_proj = nn.Linear(D, R)
-        if layer > 0:
+        if layer > 0 and config.router != "no_eda":
             self.router_states_scale = nn.Parameter(torch.ones(R))  # gamma
         self.router_mlp = nn.ModuleDict(
             {
@@ -381,7 +381,8 @@ class Router(nn.Module):
     def think(self, r, before):
         """r (N, R), x projected down -> what route returns."""
         mlp = self.router_mlp
-        gamma = None if before is None else self.router_states_scale
+        gamma = getattr(self, "router_states_scale", None)
+        before = None if gamma is None else before
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
         probability, choice, counts, state = route(
             r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
@@ -397,7 +398,8 @@ class Router(nn.Module):
 
 @has_kernel
 def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
-    """The router's thinking [R] II-A2: r (N, R) is the token projected down, fc1 and fc2 are (weight, bias)
+    """The router's thinking [R] II-A2. r (N, R): the tokens projected down; before (N, R): the previous layer's state,
+    and gamma (R) its weight, or None both; norm (R); fc1 and fc2: (weight (R, R), bias (R)); out (E + 1, R)
     -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R) for the next layer."""
     state = r.float()
     if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading as gamma learns
@@ -411,7 +413,7 @@ def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
 def choose(probabilities, balancing_biases):
     """The class of each token: (N, E + 1) -> its probability (N), its number (N), tokens a class (E + 1).
 
-    The bias steers the choice and nothing else: the output is weighed by the unbiased probability, not renormalised,
+    The bias steers the choice and nothing else: the output is weighted by the unbiased probability, not renormalised,
     and through that one number alone the gradient reaches the router.
     """
     choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
@@ -424,7 +426,7 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        E, D, F_ = config.num_experts, config.hidden_size, config.moe_intermediate_size  # F is torch's functional
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
@@ -436,16 +438,16 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.num_experts = config.num_experts
-        self.gate = ROUTERS[config.router](config, layer)  # Router
+        self.gate = LinearRouter(config) if config.router == "linear" else Router(config, layer)
         self.experts = Experts(config)
 
     def forward(self, x, router_state):
         """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
         shape, x = x.shape, x.flatten(0, 1)
         probability, choice, _, router_state = self.gate(x, router_state)
-        return self.weighed_experts(x, probability, choice).view(shape), router_state
+        return self.weighted_experts(x, probability, choice).view(shape), router_state
 
-    def weighed_experts(self, x, probability, choice):
+    def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
@@ -453,7 +455,7 @@ class MixtureOfExperts(nn.Module):
         # Two shorter ways to the same result: for few tokens, this one, and on a CPU, the next.
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
-        # Zeros as in [T]; [Z] would add the token's share of x. It visits the last expert, with weight 0.
+        # A skipped token gets zeros, as in [T] ([Z] adds its share of x): the last expert's result, times 0.
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
         choice = choice.clamp_max(self.num_experts - 1)
         if x.device.type == "cpu" and not on_kernels(x):
@@ -510,7 +512,8 @@ class ResidualScaling(nn.Module):
 
 @has_kernel
 def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
-    """The new stream, as ResidualScaling says, in fp32; and the same through RMSNorm, in out's dtype."""
+    """The new stream (B, T, D), as ResidualScaling says, in fp32; and the same through RMSNorm, in out's dtype. The
+    four vectors and the norm's weight are (D)."""
     stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)  # constants first
     return stream, normalize(stream, weight, eps).to(out.dtype)
 
@@ -523,11 +526,10 @@ class Block(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(D, eps)
         self.self_attn = Attention(config, config.layer_types[layer])
-        merging = ResidualScaling if config.residual_scaling else PlainSum
-        self.post_attention_residual_scale = merging(D)
+        self.post_attention_residual_scale = ResidualScaling(D) if config.residual_scaling else PlainSum()
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MixtureOfExperts(config, layer) if config.mlp == "moe" else DenseMLP(config)
-        self.post_mlp_residual_scale = merging(D)
+        self.post_mlp_residual_scale = ResidualScaling(D) if config.residual_scaling else PlainSum()
 
     def forward(self, stream, normed, router_state, rotary, cache, next_norm):
         """stream (B, T, D) fp32, the same normalised, router_state (N, R) or None -> all three, after this layer."""
@@ -582,8 +584,8 @@ class Zaya(nn.Module):
                     nn.init.normal_(part.weight, std=part.in_features**-0.5)
 
     def cast(self, dtype):
-        """Put everything that takes part in a matrix product in dtype; norms, scales, temperatures, biases of the
-        balancing stay fp32 [R]. Returns self."""
+        """Put everything that takes part in a matrix product in dtype; norms, scales, temperatures and balancing biases
+        stay fp32 [R]. Returns self."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, Experts)):
                 module.to(dtype)
@@ -619,8 +621,8 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        # The same without a gradient: times_fp32 needs no fp32 copy of a bf16 head on a GPU, and on a CPU product is
-        # faster for a single row in fp32.
+        # The same without a gradient: times_fp32() makes no fp32 copy of a bf16 head on a GPU, and product() is the
+        # faster one for a single row in fp32.
         rows = hidden.flatten(0, -2)
         multiply = product if len(rows) == 1 and self.head.dtype == torch.float32 else times_fp32
         return multiply(rows, self.head).unflatten(0, hidden.shape[:-1])
@@ -686,7 +688,10 @@ class Zaya(nn.Module):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
             return pick(hidden)
 
-        return captured(step, cache) if by_kernels and cache.end.is_cuda else step
+        if not (by_kernels and cache.end.is_cuda):
+            return step
+        with torch.cuda.device_of(cache.end):
+            return captured(step, cache)
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Continue tokens (B, T), T >= 1, by up to max_new_tokens -> (B, T + n).
@@ -752,7 +757,7 @@ class Zaya(nn.Module):
             for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
                 if place not in missing:
-                    raise ValueError(f"{file} holds a tensor that this model has not, {name}")
+                    raise ValueError(f"{file} holds a tensor that this model does not have, {name}")
                 target = missing.pop(place)
                 if shape != list(target.shape):
                     raise ValueError(f"{file}: {name} is {shape}, this model's is {list(target.shape)}")
@@ -774,9 +779,13 @@ class Zaya(nn.Module):
         return total, total - self.embed_tokens.weight.numel() - experts + experts // self.config.num_experts
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding: the cache, the choice of a token, and what a step of one new token a text does its own way
+
+
 class LayerCache:
-    """What one layer remembers of the past: all keys and values, and for CCA's convolutions and value shift the last
-    rows of qkv: position t's is row t % size of `recent`, which has one row more than cca looks at, so that one step
+    """What one layer remembers of the past: all keys and values; and the last rows of qkv, for CCA's convolutions and
+    value shift. Position t's is row t % size of `recent`, which has one row more than cca looks at, so that one step
     can be taken back."""
 
     def __init__(self, config, batch_size, max_len, end, dtype):
@@ -954,7 +963,7 @@ class Product:
     """x (B, in) times a weight (out, in), as fast as that comes from memory.
 
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
-    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256 it is 544, 283 and 124. Below 2^15
+    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
     numbers the plain product is the fastest. For more rows it is so below 2^17 numbers, and oneDNN's from there on.
     """
 
@@ -1115,12 +1124,12 @@ def hidden_of_one(model, token, cache):
         norm, projection = block.input_layernorm, attention.qkv_proj.projection(past)
         stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
         q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], past)
-        out = product(attention.weighed_values(q, k, v, past)[0], attention.o_proj.weight)
+        out = product(attention.weighted_values(q, k, v, past)[0], attention.o_proj.weight)
         scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
         down = gate.down_proj.weight, gate.down_proj.bias
         stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
         probability, choice, _, state = gate.think(r, state)
-        out, scaling = block.mlp.weighed_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
+        out, scaling = block.mlp.weighted_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
     return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1].to(model.head.dtype)
 
 
@@ -1182,20 +1191,10 @@ class PlainProjection(nn.Module):
         return rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v
 
 
-class LonelyRouter(Router):
-    """The router without depth averaging: no layer learns what those before it thought."""
-
-    def __init__(self, config, layer):
-        super().__init__(config, layer=0)
-
-    def forward(self, x, before):
-        return super().forward(x, None)
-
-
 class LinearRouter(Router):
     """The usual router: one matrix from a token to its classes."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__(config, layer=0)
         del self.down_proj, self.router_mlp
         self.out_proj = nn.Linear(config.hidden_size, config.num_experts + 1, bias=False)
@@ -1206,14 +1205,8 @@ class LinearRouter(Router):
         return *chosen, None
 
 
-ROUTERS = {"zaya": Router, "no_eda": LonelyRouter, "linear": LinearRouter}
-
-
 class PlainSum(nn.Module):
     """stream <- stream + out, in the place of ResidualScaling."""
-
-    def __init__(self, size):
-        super().__init__()
 
     def forward(self, stream, out, norm):
         stream = stream + out
@@ -1282,7 +1275,7 @@ class Permute(torch.autograd.Function):
 def experts_on_cpu(x, probability, choice, gate_up, down):
     """dispatch, experts and combine on a CPU, in few passes over memory."""
     run = ExpertsOnCPU.apply
-    if torch.compiler.is_compiling():  # the experts' shares, and so its shapes, are known only later
+    if torch.compiler.is_compiling():  # how many tokens each expert gets, and so the shapes, only the run will tell
         run = torch.compiler.disable(run)
     return run(x, probability.to(x.dtype), choice, gate_up, down)
 
@@ -1479,7 +1472,7 @@ def by_onednn(a, b):
 
 @lru_cache
 def mkl_is_slow():
-    """Whether MKL leaves half of this CPU unused: on Zen 5 oneDNN is twice as fast as it, elsewhere hardly faster."""
+    """Whether MKL leaves half of this CPU unused: on Zen 5 oneDNN is twice as fast, elsewhere hardly faster."""
     a, b, best = torch.ones(512, 256), torch.ones(256, 256), [math.inf, math.inf]
     for _ in range(10):
         for i, way in enumerate((F.linear, by_onednn)):
@@ -1520,7 +1513,7 @@ def use_kernels(choice):
 
 
 def on_kernels(x):
-    """Whether kernels are wanted, and run where a tensor is."""
+    """Whether kernels are wanted, and can run where x lies."""
     if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
         return False
     if triton_kernels is None:
@@ -1569,10 +1562,10 @@ def complete(config):
         raise ValueError(f'layer_types must name {config.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"')
     if "hybrid_sliding" in config.layer_types and (config.sliding_window or 0) < 1:
         raise ValueError("sliding_window must be at least 1 where layer_types has hybrid_sliding")
-    if config.attention not in ("cca", "gqa", "mha") or config.mlp not in ("moe", "dense"):
-        raise ValueError(
-            f'attention is cca, gqa or mha and mlp is moe or dense, not "{config.attention}" and "{config.mlp}"'
-        )
+    choices = {"attention": ("cca", "gqa", "mha"), "mlp": ("moe", "dense"), "router": ("zaya", "no_eda", "linear")}
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f'{name} "{getattr(config, name)}" is none of {", ".join(known)}')
     without = set(config.cca_without or [])
     config.cca_without = sorted(without) or None
     if without and (config.attention != "cca" or without - set(CCA_PARTS)):
@@ -1581,8 +1574,6 @@ def complete(config):
         config.cca_time0 = 1
     if "grouped" in without:
         config.cca_time1 = 1
-    if config.router not in ROUTERS:
-        raise ValueError(f'router is zaya, no_eda or linear, not "{config.router}"')
 
 
 def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_position_embeddings=4096):
@@ -1643,7 +1634,7 @@ def config_from_json(values):
     if not isinstance(values, dict):
         raise ValueError("config.json holds no object")
     if values.get("model_type") not in ("zaya", "nanozaya"):
-        raise ValueError(f'config.json is of a model of type "{values.get("model_type")}", not "zaya"')
+        raise ValueError(f'config.json describes a model of type "{values.get("model_type")}", not "zaya"')
     fixed = {"hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False}
     for name, value in fixed.items():
         if values.get(name, value) != value:
@@ -1864,7 +1855,7 @@ def parse_flags(description, *classes):
                 return int(float(text)) if float(text).is_integer() else fail(text)
             if float in kinds:
                 return float(text)
-            return text if str in kinds else text.split(",")  # of a list, which more words make longer
+            return text if str in kinds else text.split(",")  # one word of a list; there may be more of them
 
         def fail(text):
             raise ValueError(text)
@@ -1912,7 +1903,7 @@ def choose_device(name):
     if name == "auto":
         return next(device for device in usable if usable[device])
     if not usable.get(name):
-        raise ValueError(f"--device {name} is not to be had on this machine")
+        raise ValueError(f"--device {name} is not available on this machine")
     return name
 
 
@@ -1922,7 +1913,7 @@ def watts(device):
         return None
     try:
         power = torch.cuda.power_draw(device)
-    except (ImportError, RuntimeError, AttributeError):  # the vendor's library for it is not installed
+    except Exception:  # the vendors' libraries for it, if they are installed at all, have errors of their own
         return None
     return (power if torch.version.hip else power / 1000) or None  # AMD's speaks of watts, NVIDIA's of milliwatts
 

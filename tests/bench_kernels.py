@@ -7,6 +7,7 @@ import copy
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 
 import torch
 import torch._functorch.config
@@ -219,6 +220,8 @@ def compile_kernel(kernel, args, constants, target):
             signature[name] = "i32" if isinstance(value, int) else names.get(value.dtype, "*i64")
             if isinstance(value, Tensor) or value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+            if isinstance(value, Tensor) and target.backend == "hip" and value.nbytes < 2**31:
+                attributes[(i,)] += [["tt.pointer_range", 32]]  # as at a launch
     signature = {name: signature[name] for name in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, signature, known, attributes)
     return triton.compile(source, target=target, options=options), options["num_warps"]
@@ -251,9 +254,9 @@ def resources_on_nvidia(compiled, warps):
     return registers, spills, shared, products, waves
 
 
-def compile_for(architecture, dtype=torch.bfloat16):
-    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes, and print
-    what it needs. No GPU is needed."""
+def compile_for(architecture, dtype, head_dim):
+    """Compile every kernel, forward and backward, as configured for an architecture, at ZAYA1-8B's shapes but for
+    the size of a head, and print what it needs. No GPU is needed."""
     if kernels.INTERPRETED:
         raise ValueError("--compile_for cannot work with TRITON_INTERPRET=1")
     target = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}[architecture]
@@ -262,7 +265,7 @@ def compile_for(architecture, dtype=torch.bfloat16):
     units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
         "registers", "stack bytes", "shared", "MMA", "warps/SMSP")  # fmt: skip
     print(
-        f"{architecture}, Triton {triton.__version__}, {str(dtype)[6:]}, ZAYA1-8B\n{'kernel':32}"
+        f"{architecture}, Triton {triton.__version__}, {str(dtype)[6:]}, ZAYA1-8B, head_dim {head_dim}\n{'kernel':32}"
         + "".join(f"{u:>12}" for u in units)
     )
 
@@ -275,8 +278,9 @@ def compile_for(architecture, dtype=torch.bfloat16):
             print(f"{label:32}" + "".join(f"{n:12,}" for n in numbers), flush=True)
 
     kernels.launch, kernels.architecture = compile_and_print, lambda: architecture
+    config = replace(zaya.PRESETS["zaya1-8b"], head_dim=head_dim)
     for B, T in ((4, 4096), (1, 1)):
-        for name, (args, *_) in cases(zaya.PRESETS["zaya1-8b"], B, T, "meta", dtype).items():
+        for name, (args, *_) in cases(config, B, T, "meta", dtype).items():
             evaluate(getattr(kernels, name), args)[1]()
 
 
@@ -289,5 +293,8 @@ def main():
     )
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="compile for this (default: bfloat16)")
+    parser.add_argument("--head_dim", type=int, default=128, help="and for heads of this size (default: 128)")
     flags = parser.parse_args()
-    compile_for(flags.compile_for, getattr(torch, flags.dtype)) if flags.compile_for else report()
+    if flags.compile_for:
+        return compile_for(flags.compile_for, getattr(torch, flags.dtype), flags.head_dim)
+    report()
