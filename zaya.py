@@ -730,7 +730,7 @@ class Zaya(nn.Module):
         Raises FileNotFoundError or ValueError, in one line, for what is missing, damaged or of another shape.
         """
         path = find_checkpoint(path)
-        config = config_from_json(read_json(path / "config.json"))
+        config = read_config(path)
         files = sorted(path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} has no model.safetensors")
@@ -1629,6 +1629,14 @@ def config_to_json(config, dtype="float32"):
     }
 
 
+def read_config(checkpoint):
+    """The ZayaConfig of a checkpoint's folder. Raises ValueError, in one line, if it has none."""
+    try:
+        return config_from_json(read_json(checkpoint / "config.json"))
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:  # what must be there is not, or is a word
+        raise ValueError(f"{checkpoint / 'config.json'} is no ZAYA1's: {error!r}") from None
+
+
 def config_from_json(values):
     """A ZayaConfig from config.json. Raises ValueError for a model that this file cannot compute."""
     if not isinstance(values, dict):
@@ -1642,6 +1650,8 @@ def config_from_json(values):
     if "moe_router_topk" in values or "zaya_layers" in values:
         return legacy_config(values)
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
+    if "rope_theta" in (values.get("rope_parameters") or {}):
+        raise ValueError("config.json has one rope_theta for all types of layer; only one for each is known here")
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
         if rope.get("rope_type", "default") != "default":
@@ -1852,7 +1862,7 @@ def parse_flags(description, *classes):
                 words = {"0": False, "false": False, "1": True, "true": True}
                 return words[text.lower()] if text.lower() in words else fail(text)
             if int in kinds:
-                return int(float(text)) if float(text).is_integer() else fail(text)
+                return int(text) if text.isdecimal() else int(float(text)) if float(text).is_integer() else fail(text)
             if float in kinds:
                 return float(text)
             return text if str in kinds else text.split(",")  # one word of a list; there may be more of them
@@ -1965,7 +1975,7 @@ def cost_table():
     configs = {name: config for name, config in PRESETS.items() if flags.preset in (None, name)}
     if flags.checkpoint is not None:
         path = find_checkpoint(flags.checkpoint)
-        configs = {path.name: config_from_json(read_json(path / "config.json"))}
+        configs = {path.name: read_config(path)}
     print(f"{'':26}{'parameters':>15}{'active':>14}{'GFLOP':>9}{'KV bytes':>10}{'$ / 1M tokens':>15}")
     print(f"{'':26}{'':>15}{'a token':>14}{'a token':>9}{'a token':>10}{'to train on':>15}")
     for name, config in configs.items():

@@ -549,9 +549,11 @@ def test_cca_without_shift_does_not_look_back_for_its_values():
     torch.testing.assert_close(v.flatten(2), own)
 
 
-def test_a_cache_keeps_no_gradient_back():
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_a_cache_keeps_no_gradient_back(kernels):
     """A prompt read without a gradient, and then a token with one: the projections get theirs."""
     model, tokens = random_model(), random_tokens(1, 5)
+    model.kernels = kernels
     cache = model.new_cache(1, 5)
     with torch.no_grad():
         model(tokens[:, :-1], cache=cache)
@@ -720,6 +722,10 @@ def test_impossible_configurations_say_so_in_one_line(bad):
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rms_norm_eps": "1e-5"},
+        {"tie_word_embeddings": "false"},
+        {"hidden_size": True},
     ],
     ids=str,
 )
@@ -791,6 +797,18 @@ def test_truncated_file(checkpoint, left):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:left])
     assert "model.safetensors" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    [{"rope_parameters": [1]}, {"layer_types": 5}, {"zaya_layers": [16], "cca_num_q_heads": None}],
+    ids=str,
+)
+def test_a_garbled_config_is_named(checkpoint, garbled):
+    path, _ = checkpoint
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | garbled))
+    assert "config.json" in refused(path)
 
 
 def test_file_with_bytes_too_many(checkpoint):
