@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ CHANGES = {  # of RUN
 }
 
 
+@cache
 def shape_of(row):
     """The shape of a row's model, of the active parameters of the first one."""
     flags = BASE | ROWS[row]

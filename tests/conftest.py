@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU, if asked to
+# One thread, before torch and numpy start theirs: sums in one order, and no waiting for another core, which with small
+# tensors takes longer than the work.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 import data.text.prepare
 from zaya import load_safetensors, stop_in_one_line
 
-# One thread: sums in one order, and the machine's other cores left alone.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
 SHAPE = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
@@ -98,8 +99,6 @@ def call(monkeypatch, capsys):
     """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(module, *args):
@@ -115,6 +114,5 @@ def call(monkeypatch, capsys):
         return SimpleNamespace(status=status, stdout=captured.out, stderr=captured.err, lines=captured.err.splitlines())
 
     yield run
-    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)

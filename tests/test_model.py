@@ -580,12 +580,11 @@ class NoQuestions(TorchDispatchMode):
 def test_a_step_with_kernels_can_be_captured(changes, texts):
     """It never waits for the device, and its state stays in place: what a CUDA graph needs."""
     pytest.importorskip("triton")
-    model = random_model(**changes)
-    model.kernels = "triton"
-    tokens = random_tokens(texts, 5)
+    model, tokens = random_model(num_hidden_layers=2, layer_types=None, **changes), random_tokens(texts, 5)
     with torch.no_grad():
         cache = model.new_cache(texts, 9)
         model.hidden_states(tokens, cache)
+        model.kernels = "triton"  # from here on
         buffers = [cache.end, *(t for layer in cache.layers for t in (layer.k, layer.v, layer.recent))]
         places = [tensor.data_ptr() for tensor in buffers]
         step = model.decoder(cache, lambda hidden: zaya.sample(model.logits(hidden), 0.8, 5, 0.9))
@@ -617,10 +616,10 @@ def test_a_layer_with_kernels_is_few_calls_a_token(texts, calls_a_layer):
     counts = []
     for layers in (1, 2):
         model = random_model(num_hidden_layers=layers, layer_types=None).cast(torch.float16)
-        model.kernels = "triton"
         with torch.inference_mode():
             cache = model.new_cache(texts, 9)
             token = model.hidden_states(random_tokens(texts, 5), cache)[:, -1].argmax(dim=-1)
+            model.kernels = "triton"  # from here on
             step = model.decoder(cache, lambda hidden: hidden)
             with Calls() as calls:
                 step(token)

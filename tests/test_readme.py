@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from functools import cache
 
 import pytest
 from conftest import ROOT, command
@@ -27,10 +28,17 @@ def test_five_packages_are_enough():
     assert packages == ["torch", "numpy", "tiktoken", "tqdm", "matplotlib"]
 
 
+@cache
+def help_of(script):
+    done = command(script, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_scripts_and_flags_exist(line):
     script, *words = shlex.split(line)
-    known = command(script, "--help").stdout
+    known = help_of(script)
     for flag in [word for word in words if word.startswith("--")]:
         assert re.search(rf"{flag}\b", known), f"{script} has no {flag}"
 

@@ -10,6 +10,7 @@ import torch
 from conftest import command, flags
 
 import sample
+import train
 from data.tokenizer import load_tokenizer
 from zaya import PRESETS, Zaya
 
@@ -173,15 +174,9 @@ def test_show_experts_of_a_layer_that_is_not_there(write):
 # Two checkpoints side by side
 
 
-@pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("dense") / "out"
-    assert command("train.py", *flags(**tiny, mlp="dense", out=out)).returncode == 0
-    return out
-
-
-def test_compare_shows_both_their_costs_and_texts(finished, dense, call, tmp_path):
-    text = tmp_path / "text.txt"
+def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path):
+    text, dense = tmp_path / "text.txt", tmp_path / "dense"
+    assert call(train, *flags(**tiny, mlp="dense", out=dense)).status == 0
     text.write_text("3 times 3 is 9 – and so on;\n" * 20, encoding="utf-8")
     args = ("--device", "cpu", "--prompt", "3 times", "--max_new_tokens", 20, "--temperature", 0)
     done = call(sample, "--compare", finished.out, dense, "--text", text, *args)
