@@ -97,7 +97,7 @@ class ZayaConfig:
     residual_scaling: bool = True  # or plain sums where attention and experts join the stream
 
     def __post_init__(self):
-        complete(self)
+        complete(self)  # far below: fills in layer_types, refuses what no model can have
 
     @property
     def is_zaya1(self):  # and not something that it is compared with
@@ -467,7 +467,7 @@ class MixtureOfExperts(nn.Module):
 @has_kernel
 def dispatch(x, choice, num_experts):
     """Bring the tokens of each expert together: x (N, D) and choice (N), each below num_experts
-    -> x sorted by expert (N, D), the row that each token has there (N), where each expert's rows end (E)."""
+    -> x sorted by expert (N, D), positions: the row that each token has there (N), where each expert's rows end (E)."""
     order = choice.argsort(stable=True)
     offsets = (choice[:, None] == torch.arange(num_experts, device=x.device)).sum(dim=0).cumsum(dim=0)
     return Permute.apply(x, order), inverse(order), offsets.to(torch.int32)
@@ -669,7 +669,7 @@ class Zaya(nn.Module):
                 ended |= token == eos_token_id
             new.append(token[:, None])
             yield token
-            # To ask a GPU is to wait for it: there every 16th token will do.
+            # Asking a GPU means waiting for it: there every 16th token is often enough.
             if eos_token_id is not None and (not token.is_cuda or count % 16 == 15) and ended.all():
                 return
 
@@ -1228,7 +1228,9 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# Skip this section on a first reading: each docstring begins with what is computed, the rest is how to be quick.
+# linear takes any shape and has a gradient; times and times_fp32 take two matrices, without one; products and
+# weight_products are one for each expert. Skip this section on a first reading: each docstring begins with what is
+# computed, the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):
