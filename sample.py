@@ -110,7 +110,7 @@ class Writer:
             ids = self.tokenizer.encode(prompt)
         if model.bos_token_id is not None:
             ids = [model.bos_token_id, *ids]
-        ids = ids or self.tokenizer.encode("\n")  # a text must begin with something
+        ids = ids or self.tokenizer.beginning()
         if len(ids) > model.max_position_embeddings:
             context = model.max_position_embeddings
             message = f"the prompt has {len(ids)} tokens; the model reads the last {context}, its context"

@@ -118,6 +118,8 @@ def model_config(config, given, vocab_size, eot):
     """The ZayaConfig of a new run: the preset, changed by the flags given, with the data's vocabulary."""
     start = PRESETS[config.preset]
     changes = flags_of(ZayaConfig, given)
+    if told := {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"} & changes.keys():
+        raise ValueError(f"--{min(told)} cannot be chosen: it follows from the data")
     if "num_hidden_layers" in changes:
         changes.setdefault("layer_types", None)
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
@@ -366,8 +368,8 @@ def open_data(name, ranks):
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"--data {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
     meta = read_json(folder / "meta.json")
-    for key in ("vocab_size", "bytes_per_token"):
-        if not isinstance(meta.get(key), (int, float)) or meta[key] <= 0:
+    for key, kind in {"vocab_size": int, "bytes_per_token": (int, float)}.items():
+        if not isinstance(meta.get(key), kind) or not 0 < meta[key] < math.inf:
             raise ValueError(f"{folder / 'meta.json'} has no valid {key}")
     return folder, meta
 
@@ -700,7 +702,9 @@ class Saver:
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
-        for old in checkpoints_in(self.out)[: -self.keep]:
+        saved = checkpoints_in(self.out)
+        newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
+        for old in saved[:newest][: -self.keep] + saved[newest:]:
             shutil.rmtree(old)
         if best:
             mark_best(final)
@@ -969,7 +973,7 @@ def resolve_flags(given):
     for name, value in given.items():
         if name in fixed and value != saved.get(name, getattr(TrainConfig, name, None)):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
-    return saved | given, True
+    return saved | given | {"out": str(out)}, True  # the folder may have been moved
 
 
 def new_model(config, given, meta, eot):
@@ -995,7 +999,7 @@ def checkpoint_to_resume(out, ranks):
         try:
             check(checkpoint)
             return checkpoint
-        except (ValueError, OSError, TypeError) as error:
+        except (ValueError, OSError, TypeError, AttributeError) as error:
             damage = damage or error
             ranks.first and print(f"{error}; trying the checkpoint before {checkpoint.name}", file=sys.stderr)
     if damage:
@@ -1006,11 +1010,12 @@ def checkpoint_to_resume(out, ranks):
 def open_run(out, flags, step):
     """Make the run directory what it was at that step, keep the flags in args.json, and open the log for more lines."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob(".*.old"):  # the power went between the two renames of replace_folder
+    for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # of two renames the power allowed one
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
-    for leftover in [*out.glob(".*.partial"), *out.glob(".*.old")]:  # of a save that the power cut short
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for name in (".step-*", ".best.*", ".args.json.*", ".log.jsonl.*"):  # what a save that the power cut short has left
+        for leftover in out.glob(name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
     kept = [entry for entry in read_log(out) if entry["step"] <= step]
@@ -1120,6 +1125,8 @@ def main():
         total, active = model.parameter_counts()
         flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
         log = open_run(out, flags, record["step"])
+        if any(e["step"] == record["step"] and e.get("val_loss", math.inf) == record["best"] for e in read_log(out)):
+            mark_best(checkpoint)  # which the power may have cut off
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
@@ -1262,7 +1269,7 @@ def farewell(model, tokenizer, config, step):
             else f"stopped after step {step}; nothing is saved (--keep 0)"
         )
         return
-    start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n")
+    start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())

@@ -1641,8 +1641,6 @@ def read_config(checkpoint):
 
 def config_from_json(values):
     """A ZayaConfig from config.json. Raises ValueError for a model that this file cannot compute."""
-    if not isinstance(values, dict):
-        raise ValueError("config.json holds no object")
     if values.get("model_type") not in ("zaya", "nanozaya"):
         raise ValueError(f'config.json describes a model of type "{values.get("model_type")}", not "zaya"')
     fixed = {"hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False}
@@ -1744,14 +1742,18 @@ def native_name(name, layers):
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return values
 
 
 def checkpoints_in(run):
     """A run directory's checkpoints, the newest last."""
-    return sorted(Path(run).glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    saved = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name) and path.is_dir()]
+    return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(path):
@@ -1899,7 +1901,10 @@ def parse_flags(description, *classes):
 def stop_in_one_line():
     """Turn what a user can get wrong into one line on stderr and exit status 2."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where it can still be told that nobody reads it
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
@@ -1949,9 +1954,7 @@ def forward_flops(config, active, context):
 
 def pyplot():
     """matplotlib.pyplot, imported where it is needed, drawing to files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # and not a notebook's
     import matplotlib.pyplot as plt
 
     return plt

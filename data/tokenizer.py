@@ -51,6 +51,10 @@ class Tokenizer:
             raise ValueError(f"the tokenizer does not know the character {min(unknown)!r}")
         return self.encoding.encode_ordinary(text)
 
+    def beginning(self):
+        """What a text of nothing begins with: a line break, or the first id where the vocabulary has none."""
+        return self.encode("\n") if self.known is None or "\n" in self.known else [0]
+
     def decode(self, ids):
         """ids -> str; half a character becomes U+FFFD. KeyError for an id outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -98,6 +102,9 @@ class ForeignTokenizer:
 
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def beginning(self):
+        return self.encode("\n") or [0]
 
     def decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=False)

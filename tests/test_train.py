@@ -397,6 +397,30 @@ def test_a_best_checkpoint_that_was_being_replaced_comes_back(finished, call, tm
     assert (out / "best" / "config.json").exists() and not list(out.glob(".*"))
 
 
+def test_a_best_checkpoint_that_was_not_marked_yet_is_marked(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    best = read_json(out / "best" / "trainer.json")["step"]
+    shutil.rmtree(out / "best")
+    for checkpoint in out.glob("step-*"):
+        if int(checkpoint.name[-7:]) > best:
+            shutil.rmtree(checkpoint)
+    assert call(train, "--out", out, "--resume", "--steps", best).status == 0
+    assert read_json(out / "best" / "trainer.json")["step"] == best
+
+
+def test_a_run_may_be_moved_and_have_other_files_in_it(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "moved")
+    cut_short = out / "step-0000006" / "model.safetensors"
+    cut_short.write_bytes(cut_short.read_bytes()[:100])
+    shutil.copytree(out / "step-0000002", out / "step-0000002-good2")
+    (out / ".notes.old").write_text("mine")
+    assert call(train, "--out", out, "--resume", "--steps", 5, "--keep", 1).status == 0
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert folders == ["best", "step-0000002-good2", "step-0000005"]  # the damaged one beyond it is gone, too
+    assert (out / ".notes.old").read_text() == "mine" and read_json(out / "args.json")["out"] == str(out)
+    assert log_of(finished.out)[-1]["step"] == 6
+
+
 def test_a_failed_save_in_the_background_ends_the_run(tiny, call, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no such luck")
