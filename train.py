@@ -1125,7 +1125,8 @@ def main():
         total, active = model.parameter_counts()
         flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
         log = open_run(out, flags, record["step"])
-        if any(e["step"] == record["step"] and e.get("val_loss", math.inf) == record["best"] for e in read_log(out)):
+        best = {"step": record["step"], "val_loss": record["best"]}
+        if record["best"] is not None and any(best.items() <= entry.items() for entry in read_log(out)):
             mark_best(checkpoint)  # which the power may have cut off
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "

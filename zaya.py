@@ -1650,10 +1650,11 @@ def config_from_json(values):
     if "moe_router_topk" in values or "zaya_layers" in values:
         return legacy_config(values)
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
-    if "rope_theta" in (values.get("rope_parameters") or {}):
+    ropes = values.get("rope_parameters") or {}
+    if "rope_theta" in ropes and "hybrid" not in ropes:
         raise ValueError("config.json has one rope_theta for all types of layer; only one for each is known here")
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
-        rope = (values.get("rope_parameters") or {}).get(layer_type) or {}
+        rope = ropes.get(layer_type) or {}
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
