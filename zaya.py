@@ -1753,7 +1753,7 @@ def read_json(path):
 
 def checkpoints_in(run):
     """A run directory's checkpoints, the newest last."""
-    saved = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name) and path.is_dir()]
+    saved = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
