@@ -415,16 +415,8 @@ def cca_gradient(ctx, grad_q, grad_k, grad_v):
     qkv, past, _, *rest = ctx.saved_tensors
     grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
     grad_qkv, grad_filters, sums = cca_backward(*grads, qkv, past, *rest)
-    return (
-        grad_qkv,
-        None,
-        None,
-        grad_filters,
-        sums[:, :-1].flatten(),
-        sums[-grad_k.shape[2] :, -1].contiguous(),
-        None,
-        None,
-    )
+    grad_bias, grad_temp = sums[:, :-1].flatten(), sums[-grad_k.shape[2] :, -1].contiguous()
+    return grad_qkv, None, None, grad_filters, grad_bias, grad_temp, None, None
 
 
 cca_forward.register_autograd(cca_gradient, setup_context=save_inputs)
@@ -1338,8 +1330,8 @@ def unsupported(name, *args):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:
         return f"router_hidden_size {args[0].shape[1]} is above 512"
-    if name == "route" and args[5][0][0].nbytes > 512 and architecture() not in (*ARCHITECTURES, "none"):
-        return f"rows of {args[5][0][0].nbytes} bytes are more than an unknown GPU may have room for"
+    if name == "route" and (row := args[5][0][0].nbytes) > 512 and architecture() not in (*ARCHITECTURES, "none"):
+        return f"rows of {row} bytes are more than an unknown GPU may have room for"
     if (merges or name == "product") and args[0].shape[-1] > 16384:
         return f"rows of {args[0].shape[-1]} numbers are longer than 16384"
     return None

@@ -1007,8 +1007,9 @@ def checkpoint_to_resume(out, ranks):
     ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
 
 
-def open_run(out, flags, step):
-    """Make the run directory what it was at that step, keep the flags in args.json, and open the log for more lines."""
+def open_run(out, flags, record, checkpoint):
+    """Make the run directory what it was when `record` was saved (in the checkpoint, if there is one), keep the flags
+    in args.json, and open the log for more lines."""
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # of two renames the power allowed one
         if not (final := out / old.name[1:-4]).exists():
@@ -1018,7 +1019,10 @@ def open_run(out, flags, step):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
-    kept = [entry for entry in read_log(out) if entry["step"] <= step]
+    kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
+    best = {"step": record["step"], "val_loss": record["best"]}
+    if record["best"] is not None and any(best.items() <= entry.items() for entry in kept):
+        mark_best(checkpoint)  # which the power may have cut off
     with write_aside(out / "log.jsonl") as file:
         file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
     return open(out / "log.jsonl", "a", buffering=1)
@@ -1124,10 +1128,7 @@ def main():
     if ranks.first:
         total, active = model.parameter_counts()
         flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
-        log = open_run(out, flags, record["step"])
-        best = {"step": record["step"], "val_loss": record["best"]}
-        if record["best"] is not None and any(best.items() <= entry.items() for entry in read_log(out)):
-            mark_best(checkpoint)  # which the power may have cut off
+        log = open_run(out, flags, record, checkpoint)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"

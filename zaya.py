@@ -381,7 +381,7 @@ class Router(nn.Module):
     def think(self, r, before):
         """r (N, R), x projected down -> what route returns."""
         mlp = self.router_mlp
-        gamma = getattr(self, "router_states_scale", None)
+        gamma = getattr(self, "router_states_scale", None)  # none in the first layer, and none for no_eda
         before = None if gamma is None else before
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
         probability, choice, counts, state = route(
@@ -780,7 +780,7 @@ class Zaya(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding: the cache, the choice of a token, and what a step of one new token a text does its own way
+# Decoding: the cache, how a token is chosen, and what is done another way for one new token a text
 
 
 class LayerCache:
@@ -1905,7 +1905,7 @@ def stop_in_one_line():
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where it can still be told that nobody reads it
+            print(end="", flush=True)  # here, where it can still be told that nobody reads it
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
