@@ -107,6 +107,12 @@ def test_chars_are_sorted_and_an_unknown_one_is_named():
         tokenizer.encode("helloz")
 
 
+def test_a_text_of_nothing_begins_with_a_line_break_or_the_first_id():
+    assert char_tokenizer(["b\na"]).beginning() == [0]
+    assert make("bytes").beginning() == [10]
+    assert char_tokenizer(["GATTACA"]).beginning() == [0] and char_tokenizer(["\t\n"]).beginning() == [1]
+
+
 def test_gpt2_without_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
