@@ -9,6 +9,7 @@ pictures, the loop. [R] is ZAYA1's report, arXiv 2605.05365.
 """
 
 import ctypes
+import fcntl
 import inspect
 import json
 import math
@@ -38,7 +39,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    forward_flops, load_safetensors, parse_flags, pyplot, read_json, save_safetensors, stop_in_one_line, watts,
+    find_checkpoint, forward_flops, load_safetensors, parse_flags, pyplot, read_json, save_safetensors,
+    stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -83,13 +85,13 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "micro_batch_size", "block_size", "eval_every", "save_every", "log_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"--{name} must be at least 1 and below 2^31, not {getattr(self, name)}")
         for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr", "keep"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf or not self.grad_clip > 0:
-            raise ValueError("--lr and --grad_clip must be positive")
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"--{name} must be 0 or more and below 2^31, not {getattr(self, name)}")
+        if not 0 < self.lr <= 1e30 or not self.grad_clip > 0:
+            raise ValueError("--lr and --grad_clip must be positive, --lr at most 1e30")
         if not 0 <= self.final_lr <= 1 or not 0 <= self.momentum < 1:
             raise ValueError("--final_lr must be in [0, 1] and --momentum in [0, 1)")
         dtypes = ("auto", "float32", "bfloat16")
@@ -358,7 +360,8 @@ class Texts:
 
 def open_data(name, ranks):
     """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
-    folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name)
+    known = os.sep not in name and (ROOT / "data" / name / "prepare.py").exists()
+    folder = ROOT / "data" / name if known else Path(name).expanduser()
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
@@ -380,9 +383,15 @@ def open_halves(folder, meta, config, ranks):
     if not config.later_data:
         return texts, texts
     later, later_meta = open_data(config.later_data, ranks)
-    if sha256(later / "tokenizer.json") != sha256(folder / "tokenizer.json"):
-        raise ValueError(f"--later_data {later} has other tokens than {folder}: prepare it with --tokenizer {folder}")
+    refuse_other_tokens(later, folder)
     return texts, Texts(config.later_data, later, later_meta, config)
+
+
+def refuse_other_tokens(folder, other):
+    """Raises ValueError unless two folders, a data folder or a checkpoint each, have the same vocabulary."""
+    vocabulary, others = (read_json(path / "tokenizer.json")["model"]["vocab"] for path in (folder, other))
+    if vocabulary != others:
+        raise ValueError(f"{folder} has other tokens than {other}: prepare it with --tokenizer {other}")
 
 
 def half(step, config):
@@ -564,8 +573,8 @@ class AdamW:
 
 
 # The betas of the AdamW loop on the balancing biases. Without a memory of the past it moves each of them by the sign of
-# its expert's error alone, which is DeepSeek-V3's way.
-BALANCING = {"pid": (0.5, 0.9), "sign": (0.0, 0.0), "none": None}
+# its expert's error alone, which is DeepSeek-V3's way. (With none it stands still.)
+BALANCING = {"pid": (0.5, 0.9), "sign": (0.0, 0.0), "none": (0.0, 0.0)}
 
 
 class Optimizer:
@@ -588,9 +597,7 @@ class Optimizer:
         # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long; these, at a rate that
         # falls with lr, do not. Without warm-up, for it is needed from the first step: after 60 steps of nano the load
         # entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
-        self.balance = None
-        if biases and BALANCING[config.balancing]:
-            self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance")
+        self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance") if biases else None
         self.parts = [part for part in (self.muon, self.adamw, self.balance) if part]
 
     def step(self, step, load):
@@ -598,7 +605,7 @@ class Optimizer:
         config, lr = self.config, learning_rate(step, self.config)
         self.muon.step(lr)
         self.adamw.step(lr)
-        if self.balance:
+        if self.balance and config.balancing != "none":
             balance_lr = config.balance_lr * learning_rate(max(step, config.warmup), config) / config.lr
             self.balance.step(balance_lr, list(load - 1 / load.shape[1]))
 
@@ -752,20 +759,32 @@ def mark_best(checkpoint):
 # Log and pictures
 
 
-def read_log(out):
-    """The objects of out/log.jsonl; a last line that the power cut short is left out."""
-    path, entries = out / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def whole_lines(out):
+    """Yield the object of each line of out/log.jsonl, and where the line ends; from one that the power cut short on,
+    nothing."""
+    path, end = out / "log.jsonl", 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+            entry, end = json.loads(line), end + len(line)
+        except ValueError:
+            return
+        if line.endswith(b"\n"):
+            yield entry, end
+
+
+def read_log(out):
+    """The objects of out/log.jsonl."""
+    return [entry for entry, _ in whole_lines(out)]
+
+
+def literal(name):
+    """name for a picture, where a dollar would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def plot(out):
     """Draw out/loss.png and, for a mixture of experts, out/experts.png from the log."""
-    plt = pyplot()
+    plt, name = pyplot(), literal(out.resolve().name)
     log = [entry for entry in read_log(out) if "loss" in entry]
     if not log:
         return
@@ -780,7 +799,7 @@ def plot(out):
         label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
         when, values = [e["step"] for e in seen], [e["val_loss"] for e in seen]
         axis.plot(when, values, "o-", markersize=4, color="tab:orange", label=label)
-    axis.set(xlabel="step", ylabel="loss (nats a token)", title=f"{out.resolve().name}: loss")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title=f"{name}: loss")
     if np.isfinite(losses).any():
         axis.set_ylim(0.95 * np.nanmin(losses), 1.05 * np.nanpercentile(losses, 99))
     axis.grid(alpha=0.3)
@@ -805,7 +824,7 @@ def plot(out):
         axis.set_ylabel(f"layer {layer}\nexpert")
     axes[-1, 0].set_xlabel("step")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="tokens, as a multiple of an even share", shrink=0.8)
-    figure.suptitle(f"{out.resolve().name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
+    figure.suptitle(f"{name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
     figure.savefig(out / "experts.png", dpi=110)
     plt.close(figure)
 
@@ -882,7 +901,7 @@ def draw_together(trials, path):
         ):
             steps, values = t.curve(what)
             if len(steps):
-                axis.plot(steps * scale, values.mean(axis=1), color=color, label=t.name, linewidth=1.4)
+                axis.plot(steps * scale, values.mean(axis=1), color=color, label=literal(t.name), linewidth=1.4)
                 axis.fill_between(steps * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
         if t.last_loads:
             share = np.array(t.last_loads, float)  # (runs, L, E)
@@ -959,7 +978,8 @@ def finite(number):
 def resolve_flags(given):
     """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out))
-    holds_run = any((out / name).exists() for name in ("args.json", "log.jsonl")) or any(out.glob("step-*"))
+    files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
+    holds_run = bool(files) or any(out.glob("step-*"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
     goes_on = given.get("resume") or restarted
     if given.get("resume") and not holds_run:
@@ -969,7 +989,7 @@ def resolve_flags(given):
     if not (holds_run and goes_on):
         return given, False
     saved = read_json(out / "args.json")
-    fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "data", "init_from"}
+    fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
     for name, value in given.items():
         if name in fixed and value != saved.get(name, getattr(TrainConfig, name, None)):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
@@ -1009,23 +1029,29 @@ def checkpoint_to_resume(out, ranks):
 
 def open_run(out, flags, record, checkpoint):
     """Make the run directory what it was when `record` was saved (in the checkpoint, if there is one), keep the flags
-    in args.json, and open the log for more lines."""
+    in args.json, and open the log for more lines. Raises OSError while another process trains there."""
     out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "a", buffering=1)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
+    except BlockingIOError:
+        raise OSError(f"another process is training in {out}") from None
+    except OSError:  # a file system without locks
+        pass
     for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # of two renames the power allowed one
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
-    for name in (".step-*", ".best.*", ".args.json.*", ".log.jsonl.*"):  # what a save that the power cut short has left
+    for name in (".step-*", ".best.*", ".args.json.*"):  # what a save that the power cut short has left
         for leftover in out.glob(name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
-    kept = [entry for entry in read_log(out) if entry["step"] <= record["step"]]
+    kept = [(entry, end) for entry, end in whole_lines(out) if entry["step"] <= record["step"]]
     best = {"step": record["step"], "val_loss": record["best"]}
-    if record["best"] is not None and any(best.items() <= entry.items() for entry in kept):
+    if record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept):
         mark_best(checkpoint)  # which the power may have cut off
-    with write_aside(out / "log.jsonl") as file:
-        file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
-    return open(out / "log.jsonl", "a", buffering=1)
+    log.truncate(kept[-1][1] if kept else 0)
+    return log
 
 
 def averaging(model):
@@ -1092,6 +1118,9 @@ def main():
         raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
         model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
+    source = checkpoint or (config.init_from and find_checkpoint(config.init_from))
+    if source and (source / "tokenizer.json").is_file():
+        refuse_other_tokens(folder, source)
     if meta["vocab_size"] > model.config.vocab_size:
         raise ValueError(f"--data has {meta['vocab_size']} token ids, the model knows {model.config.vocab_size}")
     config.block_size = config.block_size or model.config.max_position_embeddings
@@ -1136,10 +1165,12 @@ def main():
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
 
-    # SIGTERM and Ctrl-C finish the step, save, and leave with status 0.
+    # SIGTERM, Ctrl-C and a closed terminal finish the step, save, and leave with status 0.
     asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+    sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
@@ -1217,6 +1248,29 @@ def main():
     ranks.wait()
     if ranks.world > 1:
         dist.destroy_process_group()
+
+
+class Unheard:
+    """A stream to print to that does not mind when nobody reads it any more: a closed pipe or terminal shall not end a
+    training before it has saved."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            pass
 
 
 def report(bar, entry):

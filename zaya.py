@@ -1546,8 +1546,8 @@ def complete(config):
     if config.attention == "mha" and config.head_dim:  # the conventional twin: no compression, a key head a query head
         config.num_attention_heads = config.num_key_value_heads = config.hidden_size // config.head_dim
     for name in [f.name for f in fields(config) if f.type is int]:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        if not 1 <= getattr(config, name) < 2**31:
+            raise ValueError(f"{name} must be at least 1 and below 2^31, not {getattr(config, name)}")
     Hq, Hk = config.num_attention_heads, config.num_key_value_heads
     if Hq % Hk:
         raise ValueError(f"num_attention_heads {Hq} is no multiple of num_key_value_heads {Hk}")
@@ -1558,12 +1558,12 @@ def complete(config):
             f"partial_rotary_factor {config.partial_rotary_factor} does not rotate an even number of channels"
         )
     positive = config.rope_theta, config.sliding_rope_theta, config.rms_norm_eps, config.initializer_range
-    if not all(x > 0 for x in positive):
+    if not all(0 < x < math.inf for x in positive):
         raise ValueError("rope_theta, sliding_rope_theta, rms_norm_eps and initializer_range must be positive")
     if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {"hybrid", "hybrid_sliding"}:
         raise ValueError(f'layer_types must name {config.num_hidden_layers} layers, each "hybrid" or "hybrid_sliding"')
-    if "hybrid_sliding" in config.layer_types and (config.sliding_window or 0) < 1:
-        raise ValueError("sliding_window must be at least 1 where layer_types has hybrid_sliding")
+    if "hybrid_sliding" in config.layer_types and not 1 <= (config.sliding_window or 0) < 2**31:
+        raise ValueError("sliding_window must be at least 1, and below 2^31, where layer_types has hybrid_sliding")
     choices = {"attention": ("cca", "gqa", "mha"), "mlp": ("moe", "dense"), "router": ("zaya", "no_eda", "linear")}
     for name, known in choices.items():
         if getattr(config, name) not in known:
@@ -1908,8 +1908,10 @@ def stop_in_one_line():
             print(end="", flush=True)  # here, where it can still be told that nobody reads it
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a bug; too little memory, on whatever device, is none
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

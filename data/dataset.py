@@ -57,6 +57,8 @@ def one_line_errors(parser):
         yield
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130)
 
 
 def read_documents(root, out, pattern="*", skip=()):
@@ -66,8 +68,11 @@ def read_documents(root, out, pattern="*", skip=()):
     """
     if not Path(root).is_dir():
         raise ValueError(f"{root} does not exist")
+    def fail(error):
+        raise error
+
     generated, documents = {out.resolve() / name for name in GENERATED}, {}
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if not path.match(pattern) or not path.is_file() or path.resolve() in generated:
@@ -153,10 +158,11 @@ def write_dataset(args, train, val):
             "train_documents": len(train), "val_documents": len(val)}
 
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
-    for name, ids in tokens.items():
-        with write_aside(args.out / f"{name}.bin") as file:
-            ids.tofile(file)
+    with write_aside(args.out / "train.bin") as train_file, write_aside(args.out / "val.bin") as val_file:
+        for file, ids in (train_file, tokens["train"]), (val_file, tokens["val"]):
+            file.write(ids)
+            file.flush()  # if the disk is full, here, where an earlier dataset is still untouched
+        (args.out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
     tokenizer.save(args.out)
     with write_aside(args.out / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")

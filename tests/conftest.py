@@ -99,7 +99,7 @@ def call(monkeypatch, capsys):
     """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def run(module, *args):
         capsys.readouterr()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import command, flags, what_was_learned
 
 import sample
@@ -34,6 +35,10 @@ def assert_refused(done, *named):
         "a rate that is no number": ({"lr": "nan"}, "--lr"),
         "an infinite rate": ({"balance_lr": "inf"}, "--balance_lr"),
         "a momentum of one": ({"momentum": 1}, "--momentum"),
+        "a rate that fp32 does not hold": ({"lr": 1e300}, "--lr"),
+        "a batch that no machine holds": ({"batch_size": 1e30}, "--batch_size"),
+        "a width that no machine holds": ({"hidden_size": 1e30}, "hidden_size"),
+        "an infinite base": ({"rope_theta": "inf"}, "rope_theta"),
         "no clipping": ({"grad_clip": 0}, "--grad_clip"),
         "a negative seed": ({"seed": -1}, "--seed"),
         "an unknown preset": ({"preset": "giant"}, "giant"),
@@ -64,8 +69,8 @@ def test_a_run_is_not_overwritten_and_no_run_is_not_resumed(finished, tiny, call
     assert_refused(call(train, *flags(out=tmp_path / "new", resume=True)), tmp_path / "new", "--resume")
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"preset": "mini"}, {"data": "stdlib"}], ids=str)
-def test_resuming_does_not_change_the_model_or_its_data(finished, call, change):
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"preset": "mini"}, {"init_from": "best"}], ids=str)
+def test_resuming_does_not_change_the_model(finished, call, change):
     assert_refused(call(train, *flags(out=finished.out, resume=True, **change)), *change)
 
 
@@ -198,6 +203,17 @@ def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tm
 )
 def test_the_table_refuses(wrong, named, call):
     assert_refused(call(TABLE, *flags(**wrong)), named)
+
+
+def test_too_little_memory_is_one_line_and_a_bug_is_none(call):
+    def fail(error):
+        raise error
+
+    for kind in RuntimeError, torch.OutOfMemoryError, MemoryError:  # a CPU's, a GPU's, numpy's
+        program = SimpleNamespace(__file__="train.py", main=lambda: fail(kind("tried to allocate 9 TB")))
+        assert_refused(call(program), "9 TB")
+    with pytest.raises(RuntimeError):
+        call(SimpleNamespace(__file__="train.py", main=lambda: fail(RuntimeError("shapes differ"))))
 
 
 def test_a_command_of_its_own_does_the_same(tmp_path):

@@ -5,6 +5,8 @@ import http.server
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -337,6 +339,38 @@ def test_failure_while_writing_leaves_no_whole_looking_folder(folder, tmp_path, 
     assert not (tmp_path / "out" / "meta.json").exists() and not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_full_disk_leaves_the_dataset_that_was_there(folder, tmp_path, capsys):
+    argv = [str(folder), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    own_text.main(argv)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes a file: val.bin fits, train.bin does not
+    try:
+        with pytest.raises(SystemExit) as end:
+            own_text.main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.value.code == 2 and "too large" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch, capsys):
+    def scandir(path, scandir=os.scandir):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert str(folder / "sub") in fails(own_text.main, capsys, tmp_path / "out", folder)
+
+
+def test_ctrl_c_is_no_traceback(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_text, "read_documents", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        own_text.main([str(folder), "--out", str(tmp_path / "out")])
+    assert end.value.code == 130 and capsys.readouterr().err == "" and not (tmp_path / "out").exists()
+
+
 def test_bad_input(folder, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "nothing").mkdir()
@@ -473,7 +507,8 @@ def hub(monkeypatch):
             else:
                 start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and httpd.ranges else 0
                 self.send_response(206 if start else 200)
-                self.send_header("Content-Length", len(body) - start)
+                if httpd.says_length:
+                    self.send_header("Content-Length", len(body) - start)
                 self.end_headers()
                 self.wfile.write(body[start:][: httpd.breaks.pop(name, None)])
 
@@ -481,7 +516,7 @@ def hub(monkeypatch):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.asked, httpd.files, httpd.sha256, httpd.breaks, httpd.ranges = [], {}, {}, {}, True
+    httpd.asked, httpd.files, httpd.sha256, httpd.breaks, httpd.ranges, httpd.says_length = [], {}, {}, {}, True, True
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/main"
     threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
     gpt2 = make("gpt2")
@@ -529,6 +564,14 @@ def test_fineweb_goes_on_and_adds(hub, tmp_path, capsys):
     hub.files["fineweb_train_000002.bin"], hub.asked[:] = whole, []
     prepare_fineweb(hub, tmp_path, "--shards", "2")
     assert {path for path, _ in hub.asked} == {"/main/fineweb_train_000002.bin", "/storage/fineweb_train_000002.bin"}
+
+
+def test_fineweb_of_unknown_length(hub, tmp_path, capsys):
+    hub.says_length = False
+    with pytest.raises(SystemExit) as end:
+        prepare_fineweb(hub, tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and "does not say how many bytes" in lines[0]
 
 
 @pytest.mark.parametrize("damage", ["hash", "magic", "short"])

@@ -1,5 +1,6 @@
 """train.py: the optimizer against plain references, the order of the data, a run's files, stopping and going on."""
 
+import fcntl
 import json
 import math
 import os
@@ -181,9 +182,13 @@ def test_balancing_by_sign_moves_every_bias_by_its_rate():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_no_balancing_leaves_the_biases_alone():
-    optimizer = Optimizer(tiny_model(), TrainConfig(balancing="none"), torch.float32, ALONE)
-    assert optimizer.balance is None and not any(name.startswith("balance") for name in optimizer.state())
+def test_no_balancing_leaves_the_biases_alone(finished, call, tmp_path):
+    """Here from the last checkpoint on: the run before it balanced."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, *flags(out=out, resume=True, steps=8, balancing="none")).status == 0
+    before, after = (load_safetensors(path / "model.safetensors") for path in sorted(out.glob("step-*"))[-2:])
+    biases = [name for name in before if name.endswith("balancing_biases")]
+    assert biases and all(before[name][:-1].any() and before[name].equal(after[name]) for name in biases)
 
 
 def test_what_muon_and_what_adamw_moves():
@@ -509,14 +514,30 @@ def test_the_best_checkpoint_is_one_of_the_later_text(tiny, tiny_data, other_dat
     assert log[2]["val_loss"] < log[5]["val_loss"] and read_json(tmp_path / "best" / "trainer.json")["step"] == 6
 
 
-def test_later_data_of_other_tokens_is_refused(tiny, call, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("abc " * 3000)
-    data.text.prepare.main(
-        [str(text), "--tokenizer", "chars", "--val_fraction", "0.2", "--out", str(tmp_path / "other")]
-    )
-    done = call(train, *flags(**tiny, out=tmp_path / "out"), "--later_data", tmp_path / "other")
-    assert done.status == 2 and len(done.lines) == 1 and "--tokenizer" in done.stderr
+def test_data_of_other_tokens_is_refused(tiny, finished, call, tmp_path):
+    """As many of them, even: the vocabulary itself is compared."""
+    folder, out = shutil.copytree(tiny["data"], tmp_path / "other"), shutil.copytree(finished.out, tmp_path / "run")
+    spec = read_json(folder / "tokenizer.json")
+    spec["model"]["vocab"] = {token: 255 - i for token, i in spec["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    for chosen in (
+        tiny | {"later_data": folder, "out": tmp_path / "new"},
+        RUN | {"data": folder, "init_from": finished.out, "out": tmp_path / "new"},
+        {"data": folder, "out": out, "resume": True},
+    ):
+        done = call(train, *flags(**chosen))
+        assert done.status == 2 and len(done.lines) == 1 and f"{folder} has other tokens" in done.stderr
+        assert not (tmp_path / "new").exists()
+
+
+def test_data_may_be_moved(tiny, finished, call, tmp_path, monkeypatch):
+    """Also to where a dot tells it from the dataset of that name under data/."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    shutil.rmtree(out / "step-0000006")
+    shutil.copytree(tiny["data"], tmp_path / "stdlib")
+    monkeypatch.chdir(tmp_path)
+    assert call(train, "--out", out, "--resume", "--data", "./stdlib").status == 0
+    assert_same_run(out, finished.out)
 
 
 def test_a_small_log_and_no_checkpoints(tiny, call, tmp_path):
@@ -587,22 +608,27 @@ def long_run(tiny, tmp_path_factory):
     return SimpleNamespace(flags=chosen, out=out)
 
 
+def started(plan, out):
+    """A run in a process of its own that has come to some step from 11 to 50 -> it, and that step."""
+    step, log = random.randint(11, 50), out / "log.jsonl"
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags(**plan, out=out)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while run.poll() is None and (not log.exists() or log.read_text().count("\n") < step):
+        time.sleep(0.002)
+    return run, step
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stop_at_any_moment_changes_nothing(long_run, call, tmp_path, number):
     """SIGTERM and Ctrl-C save and end with status 0; kill -9 leaves the newest checkpoint. --resume does the rest."""
     out = tmp_path / "out"
-    at = random.randint(11, 50)
-    run = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags(**long_run.flags, out=out)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    log = out / "log.jsonl"
-    while run.poll() is None and (not log.exists() or log.read_text().count("\n") < at):
-        time.sleep(0.002)
+    run, step = started(long_run.flags, out)
     run.send_signal(number)
     stdout, stderr = run.communicate(timeout=60)
-    stopped = log.read_text().count("\n")
-    assert at <= stopped < 60, f"the signal was to hit step {at}"
+    stopped = len(log_of(out))
+    assert step <= stopped < 60, f"the signal was to hit step {step}"
     if number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL
     else:
@@ -616,6 +642,31 @@ def test_a_stop_at_any_moment_changes_nothing(long_run, call, tmp_path, number):
     done = call(train, "--out", out, "--resume")
     assert done.status == 0, done.stderr
     assert_same_run(out, long_run.out)
+
+
+def test_a_closed_terminal_changes_nothing(long_run, call, tmp_path):
+    """It sends SIGHUP, and nobody reads what is printed any more."""
+    out = tmp_path / "out"
+    run, step = started(long_run.flags, out)
+    run.stdout.close()
+    run.stderr.close()
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=60) == 0
+    stopped = len(log_of(out))
+    assert step <= stopped < 60 and (out / f"step-{stopped:07d}").is_dir()
+    assert call(train, "--out", out, "--resume").status == 0
+    assert_same_run(out, long_run.out)
+
+
+def test_two_processes_do_not_train_in_one_place(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    with open(out / "log.jsonl", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # as another train.py would
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        done = call(train, "--out", out, "--resume", "--steps", 7)
+        assert done.status == 2 and len(done.lines) == 1 and f"another process is training in {out}" in done.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert call(train, "--out", out, "--resume", "--steps", 7).status == 0
 
 
 @pytest.mark.parametrize("moment", ["training_batch", "evaluate", "write", "learning_rate"])

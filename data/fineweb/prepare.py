@@ -80,6 +80,8 @@ def fetch_rest(url, partial):
             start = 0
             file.seek(0)
             file.truncate()
+        if "Content-Length" not in response.headers:
+            raise OSError("the server does not say how many bytes it sends")
         total = start + int(response.headers["Content-Length"])
         bar = tqdm(total=total, initial=start, desc=partial.name, unit="B", unit_scale=True, disable=None)
         with bar:
