@@ -99,6 +99,15 @@ def test_float16(shape, name):
             assert ours.equal(theirs.to(ours.dtype))
 
 
+def test_a_text_in_several_parts():
+    """Above 1,024 tokens the gradient of CCA's filters is added up part by part."""
+    changes = dict(num_attention_heads=1, head_dim=4, hidden_size=16)
+    args = cases(replace(SMALL, **changes), 1, 1030, "cpu", torch.float32)["cca"][0]
+    eager, twin = (results_and_gradients(choice, "cca", args) for choice in ("eager", "triton"))
+    for theirs, ours in zip(eager[0] + eager[1], twin[0] + twin[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [[0, 40, 0], [40], [1, 0, 33, 6], [0, 0, 0, 1]])
 def test_experts_that_are_idle_or_take_all(rows):
     E, N, generator = len(rows), sum(rows), torch.Generator().manual_seed(0)

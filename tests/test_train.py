@@ -290,8 +290,10 @@ def test_the_next_batch_is_made_while_one_is_used():
 
     coming = train.prefetched(batches())
     assert next(coming) == (0, 0)
-    while made != [0, 1]:
+    patience = time.monotonic() + 10
+    while made != [0, 1] and time.monotonic() < patience:
         time.sleep(0.001)
+    assert made == [0, 1]
     assert [next(coming), next(coming)] == [(1, 1), (2, 2)]
     with pytest.raises(OSError, match="the disk is gone"):
         next(coming)
@@ -798,7 +800,10 @@ def test_compiled_is_the_same(finished, tiny, call, tmp_path):
     done = call(train, *flags(**tiny | {"steps": 2, "eval_every": 9}, compile=1, out=tmp_path / "out"))
     assert done.status == 0, done.stderr
     ours, theirs = log_of(tmp_path / "out"), log_of(finished.out)
-    assert abs(ours[0]["loss"] - theirs[0]["loss"]) < 1e-5
+    for compiled, eager in zip(ours, theirs):
+        assert (
+            abs(compiled["loss"] - eager["loss"]) < 1e-5 and abs(compiled["grad_norm"] / eager["grad_norm"] - 1) < 1e-4
+        )
 
 
 def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path):
