@@ -415,7 +415,9 @@ def cca_gradient(ctx, grad_q, grad_k, grad_v):
     qkv, past, _, *rest = ctx.saved_tensors
     grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
     grad_qkv, grad_filters, sums = cca_backward(*grads, qkv, past, *rest)
-    grad_bias, grad_temp = sums[:, :-1].flatten(), sums[-grad_k.shape[2] :, -1].contiguous()
+    grad_bias = sums[:, :-1].flatten()
+    # (Of a single key head, contiguous() would keep the stride, and DistributedDataParallel frown at that.)
+    grad_temp = sums[-grad_k.shape[2] :, -1].clone(memory_format=torch.contiguous_format)
     return grad_qkv, None, None, grad_filters, grad_bias, grad_temp, None, None
 
 

@@ -1381,7 +1381,8 @@ class Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        # Not in place: of what a Function has changed so and returns, PyTorch 2.11 compiles a gradient of zero.
+        return x * inverse * weight
 
     @staticmethod
     def backward(ctx, grad):
@@ -1416,7 +1417,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 log_p[:, V:] = float("-inf")
             log_p = log_p.log_softmax(dim=1)
             picked = log_p.gather(1, y[:, None])
-            loss -= picked.sum() / N
+            loss = loss - picked.sum() / N  # not in place, as in Normalize
             if with_gradient:  # N * d loss / d logits = softmax - one_hot
                 grad = minus_one_hot(log_p.exp_(), y).to(weight.dtype)
                 grad_hidden[start : start + rows] = times(grad, weight.t())
