@@ -329,7 +329,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
 def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.constexpr, Hk: tl.constexpr,
                              h: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
                              BK: tl.constexpr):  # fmt: skip
-    """Grid (T / BT, H + 1, B), as forward: the gradient of [q0 | k0 | v_now | v_late]."""
+    """Grid (T / BT, H + 1, B), as forward: the gradient of [q0 | k0 | v_current | v_delayed]."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
@@ -403,7 +403,7 @@ def cca_backward(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
         **shape, **c,
     )  # fmt: skip
-    c = config("cca_filters") | ({"num_stages": 1} if h * qkv.element_size() > 512 else {})  # 64 KB of LDS hold no two
+    c = config("cca_filters") | ({"num_stages": 1} if h * qkv.element_size() > 512 else {})  # LDS: two need over 64 KB
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))

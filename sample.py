@@ -100,15 +100,15 @@ class Writer:
         self.ends = [] if eos is None else [eos]
 
     def ids(self, prompt):
-        """The prompt's token ids, with the model's first one; in its turns, with --chat. ValueError if it knows one
-        not."""
+        """The prompt's token ids after the model's bos token; with --chat, as the turns of a chat. ValueError for an
+        id that the model does not have."""
         model = self.model.config
         if self.config.chat:
             ids, end = self.tokenizer.turns(prompt)
             self.ends += [end] if end is not None else []
         else:
             ids = self.tokenizer.encode(prompt)
-        if model.bos_token_id is not None:
+        if model.bos_token_id is not None and ids[:1] != [model.bos_token_id]:  # which a rendered chat has already
             ids = [model.bos_token_id, *ids]
         ids = ids or self.tokenizer.beginning()
         if len(ids) > model.max_position_embeddings:
@@ -181,7 +181,7 @@ class Speed:
         )
         past = min(self.prompt_tokens + self.count / 2, c.max_position_embeddings)
         number = self.model.head.element_size()
-        return size + B * past * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * number
+        return size + B * c.positions_seen(past) * 2 * c.num_key_value_heads * c.head_dim * number
 
     def report(self):
         """One line."""

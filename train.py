@@ -149,11 +149,11 @@ class Ranks:
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
-        self.device = torch.device(device)
+        self.device, self.store = torch.device(device), None  # torchrun's, the same before and after a crash
         if "RANK" in os.environ:
-            store, *_ = next(dist.rendezvous("env://"))
-            # After a crash torchrun starts all ranks again with one store: the last try's addresses must not count.
-            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.store, *_ = next(dist.rendezvous("env://"))
+            # After a crash torchrun starts all ranks again: the last try's addresses must not count.
+            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", self.store)
             backend, own = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world, device_id=own,
@@ -198,9 +198,9 @@ def tune_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 # What the hardware can do, and what a step takes of it
 
-PEAK_FLOPS = {  # dense bf16 by datasheet, by a part of the device's name; an MI250X is two devices
+PEAK_FLOPS = {  # dense bf16 by datasheet, by the first part that a device's name has; an MI250X is two devices
     "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250": 383e12 / 2,
-    "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
 }  # fmt: skip
 
 
@@ -389,7 +389,7 @@ def open_halves(folder, meta, config, ranks):
 
 def refuse_other_tokens(folder, other):
     """Raises ValueError unless two folders, a data folder or a checkpoint each, have the same vocabulary."""
-    vocabulary, others = (read_json(path / "tokenizer.json")["model"]["vocab"] for path in (folder, other))
+    vocabulary, others = (read_json(path / "tokenizer.json").get("model", {}).get("vocab") for path in (folder, other))
     if vocabulary != others:
         raise ValueError(f"{folder} has other tokens than {other}: prepare it with --tokenizer {other}")
 
@@ -594,9 +594,9 @@ class Optimizer:
         # [R] eq. 5: AdamW gets, in place of a bias's gradient, its expert's share of the tokens less 1 / E, and makes a
         # PID-like loop of that. The last bias, that of skip, is left alone.
         biases = [router.balancing_biases[:-1] for router in model.routers]
-        # Its betas and rate are not published. (0.9, 0.999) at a constant rate swings for long; these, at a rate that
-        # falls with lr, do not. Without warm-up, for it is needed from the first step: after 60 steps of nano the load
-        # entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
+        # Its betas and rate are not published. With (0.9, 0.999) at a constant rate the load oscillates for long; with
+        # these, at a rate that falls with lr, it does not. No warm-up, for it is needed from the first step: after 60
+        # steps of nano the load entropy was 0.69 with warm-up, 0.82 without, and 0.92 at twice the rate, 0.02.
         self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance") if biases else None
         self.parts = [part for part in (self.muon, self.adamw, self.balance) if part]
 
@@ -975,6 +975,9 @@ def finite(number):
     return number if math.isfinite(number) else None
 
 
+HOLDS_RUN = "{out} holds a run already: continue it with --resume, or choose another --out"
+
+
 def resolve_flags(given):
     """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out))
@@ -985,7 +988,7 @@ def resolve_flags(given):
     if given.get("resume") and not holds_run:
         raise FileNotFoundError(f"--resume: {out} holds no run")
     if holds_run and not goes_on and not given.get("eval_only"):
-        raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        raise FileExistsError(HOLDS_RUN.format(out=out))
     if not (holds_run and goes_on):
         return given, False
     saved = read_json(out / "args.json")
@@ -1038,7 +1041,7 @@ def open_run(out, flags, record, checkpoint):
         raise OSError(f"another process is training in {out}") from None
     except OSError:  # a file system without locks
         pass
-    for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # of two renames the power allowed one
+    for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # power failed between replace_folder's two
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
     for name in (".step-*", ".best.*", ".args.json.*"):  # what a save that the power cut short has left
@@ -1049,7 +1052,7 @@ def open_run(out, flags, record, checkpoint):
     kept = [(entry, end) for entry, end in whole_lines(out) if entry["step"] <= record["step"]]
     best = {"step": record["step"], "val_loss": record["best"]}
     if record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept):
-        mark_best(checkpoint)  # which the power may have cut off
+        mark_best(checkpoint)  # in case the power failed before it was marked
     log.truncate(kept[-1][1] if kept else 0)
     return log
 
@@ -1106,6 +1109,8 @@ def main():
     config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
     ranks = Ranks(config.device)
+    if resuming and not config.resume and ranks.store and not ranks.store.check(["run is ours"]):
+        raise FileExistsError(HOLDS_RUN.format(out=config.out))  # what torchrun started again was a refusal
     out, device = Path(config.out), ranks.device
 
     # Data, model, optimizer
@@ -1158,9 +1163,11 @@ def main():
         total, active = model.parameter_counts()
         flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
         log = open_run(out, flags, record, checkpoint)
+        if ranks.store:
+            ranks.store.set("run is ours", "")
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
-            f"tokens of {config.data} ({meta['tokenizer']}); {ranks.world} x {device}, {config.dtype}"
+            f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
         )
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
@@ -1205,7 +1212,7 @@ def main():
         # Evaluate, log, save.
         entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
         if counts is not None:
-            entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # a GPU ends the optimizer's work first
+            entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits: the optimizer is timed, too
             if step % load_every == 0 or config.log_every > 1:
                 entry["load"] = counts[:, :-1].tolist()
         seconds = time.perf_counter() - started
@@ -1242,7 +1249,7 @@ def main():
     if ranks.world > 1:
         report_ranks(ddp, ranks)
     if ranks.first:
-        report_speed(clock, out)
+        report_speed(clock, out, step)
         plot(out)
         farewell(model, tokenizer, config, step)
     ranks.wait()
@@ -1285,9 +1292,10 @@ def report(bar, entry):
         bar.write(f"step {entry['step']}: {in_words(entry)}")
 
 
-def report_speed(clock, out):
-    """Where the time went, and how much of the machine was used, over this run's steps but the first ones."""
-    entries = [entry for entry in read_log(out) if "tflops" in entry][-max(1, len(clock.steps) * 9 // 10) :]
+def report_speed(clock, out, step):
+    """Where the time went, and how much of the machine was used, over the last nine tenths of this process's steps, the
+    last of which was `step`."""
+    entries = [e for e in read_log(out) if "tflops" in e and e["step"] > step - 0.9 * len(clock.steps)]
     if not entries or not clock.steps:
         return
     middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
@@ -1331,10 +1339,9 @@ def farewell(model, tokenizer, config, step):
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = "import " if config.data == "stdlib" else "The "
-    print(
-        f"loss and experts: {config.out}/loss.png, {config.out}/experts.png"
-        + (f'; more text: python sample.py --checkpoint {config.out} --prompt "{prompt}"' if config.keep else "")
-    )
+    more = f'; more text: python sample.py --checkpoint {config.out} --prompt "{prompt}"' if config.keep else ""
+    pictures = "loss.png and experts.png" if model.routers else "loss.png"
+    print(f"pictures: {pictures} in {config.out}{more}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ import os
 import re
 import struct
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, wraps
@@ -110,6 +109,11 @@ class ZayaConfig:
     @property
     def rotary_dim(self):
         return int(self.head_dim * self.partial_rotary_factor)
+
+    def positions_seen(self, context):
+        """How many positions the query after `context` others attends to, summed over the layers."""
+        sliding = self.layer_types.count("hybrid_sliding")
+        return (self.num_hidden_layers - sliding) * context + sliding * min(context, self.sliding_window or context)
 
     @property
     def past_columns(self):  # how many tokens back the two convolutions look
@@ -224,9 +228,9 @@ def normalize_heads(qk, temp):
 def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     """Everything between the projections and the attention ([C] II-B, steps 2 to 7).
 
-    qkv        [q0 | k0 | v_now | v_late] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
+    qkv        [q0 | k0 | v_current | v_delayed] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
     past       the P columns of [q0 | k0] before these (B, P, C), zeros at the start of a text
-    v_before   the v_late of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
+    v_before   the v_delayed of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
     temp       (Hk), a learned factor for the length of a key, used raw ([C] had exp(temp); the released weights do not)
@@ -236,7 +240,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     (B, T, _), C, h, Hk = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp)
     H = C // h
     Hq = H - Hk
-    qk, v_now, v_late = qkv.split([C, Hk * h // 2, Hk * h // 2], dim=-1)
+    qk, v_current, v_delayed = qkv.split([C, Hk * h // 2, Hk * h // 2], dim=-1)
     # The text is padded once, not before each convolution: so before position 0 the second sees the first one's bias.
     mixed = torch.cat([past, qk], dim=1)
     mixed = depthwise_conv(mixed, *depthwise)
@@ -245,8 +249,8 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     mixed = normalize_heads(mixed.view(B, T, H, h), temp)
     q, k = rotate(mixed, cos, sin).to(qkv.dtype).split([Hq, Hk], dim=2)
     # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
-    v_shifted = torch.cat([v_before, v_late[:, :-1]], dim=1)
-    return q, k, torch.cat([v_now, v_shifted], dim=-1).view(B, T, Hk, h)
+    v_shifted = torch.cat([v_before, v_delayed[:, :-1]], dim=1)
+    return q, k, torch.cat([v_current, v_shifted], dim=-1).view(B, T, Hk, h)
 
 
 def attend(q, k, v, window=None):
@@ -263,7 +267,7 @@ def attend(q, k, v, window=None):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     else:  # is_causal would align the first query with the first key, wrong where S > T
         mask = visible(S - T, 0, S, window, q.device)
-        if q.is_cuda:  # of PyTorch's kernels there, the one that takes a mask wants a key head for each query head
+        if q.is_cuda:  # the fused kernel that takes a mask does not know grouped heads: one key head a query head
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
@@ -391,7 +395,7 @@ class Router(nn.Module):
         return probability, choice, counts, state
 
     def count(self, counts):
-        """Keep account of the choices, but not while text is written. (Inside torch.compile one cannot ask.)"""
+        """Add to the load counts, except during generation. (torch.compile cannot trace the question, so it counts.)"""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             self.counts += counts
 
@@ -606,8 +610,8 @@ class Zaya(nn.Module):
         normed, router_state = self.layers[0].input_layernorm(stream), None
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
         caches = cache.layers if cache else [None] * len(self.layers)
-        for layer, layer_type, past, next_norm in zip(self.layers, config.layer_types, caches, next_norms):
-            stream, normed, router_state = layer(stream, normed, router_state, rotary[layer_type], past, next_norm)
+        for layer, kind, layer_cache, next_norm in zip(self.layers, config.layer_types, caches, next_norms):
+            stream, normed, router_state = layer(stream, normed, router_state, rotary[kind], layer_cache, next_norm)
         return normed.to(self.head.dtype)
 
     def rotary(self, positions):
@@ -629,6 +633,7 @@ class Zaya(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
+        Every target is a token id and counts: there is no label to ignore.
 
         With cache = model.new_cache(...) the tokens continue those that it holds. Raises ValueError if they do not fit.
         """
@@ -821,7 +826,7 @@ class LayerCache:
 class Cache:
     """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few rows of qkv.
 
-    Its buffers stay where they are, and where a token goes is read from the device: so a step can be captured.
+    Buffers are allocated once, and positions are read on the device: so a step can be captured in a graph.
     """
 
     def __init__(self, model, batch_size, max_len):
@@ -846,7 +851,7 @@ class Cache:
 
 def sample(logits, temperature, top_k, top_p):
     """One token a row of logits (B, V), as Zaya.generate says -> (B)."""
-    if temperature < 1e-45:  # the smallest number that fp32 has
+    if temperature < 1e-37:  # to divide by less overflows fp32
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
     if top_k is not None:
@@ -855,6 +860,7 @@ def sample(logits, temperature, top_k, top_p):
     if top_p is not None:
         probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
+        beyond[:, 0] = False  # the likeliest stays, even for a top_p that is 0 in fp32
         logits = logits.masked_fill(beyond.scatter(-1, tokens, beyond), float("-inf"))  # back in order of token ids
     probabilities = logits.softmax(dim=-1)  # torch.multinomial's way to draw one, less its checks
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
@@ -901,7 +907,7 @@ def attend_past(q, k, v, length, window=None):
     return attend(q, k[:, : int(length)], v[:, : int(length)], window)
 
 
-FEW_TOKENS = 16  # up to here, while decoding, each token's expert is read for it alone
+FEW_TOKENS = 16  # up to here, without a gradient, each token's expert is read for it alone
 
 
 @has_kernel
@@ -964,7 +970,7 @@ class Product:
 
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
     oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
-    numbers the plain product is the fastest. For more rows it is so below 2^17 numbers, and oneDNN's from there on.
+    numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
     """
 
     def __init__(self, weight):
@@ -1014,7 +1020,7 @@ class DecoderLayer:
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_columns + 1
         past, v_before = cache.before(cache.length)
-        self.columns, self.v_late = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
+        self.columns, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         self.project = Product(part.projection(cache))
         self.o_proj = Product(attention.o_proj.weight)
@@ -1060,7 +1066,7 @@ class DecoderLayer:
         """normed (B, D), cos and sin (h) -> (B, D)."""
         B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
         # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
-        qk, v_now, v_late = self.project(normed).split_with_sizes(self.parts, dim=1)
+        qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
         qk = qk.view(B, H, h)
         mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
         columns = torch.cat([self.columns, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
@@ -1071,8 +1077,8 @@ class DecoderLayer:
         x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
         q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
         self.k.select(2, position).copy_(k)
-        self.v.select(2, position).copy_(torch.cat([v_now, self.v_late], dim=1).view(B, Hk, h))
-        self.v_late = v_late
+        self.v.select(2, position).copy_(torch.cat([v_current, self.v_delayed], dim=1).view(B, Hk, h))
+        self.v_delayed = v_delayed
         first = max(0, position + 1 - (self.window or position + 1))
         seen = position + 1 - first
         k, v = self.k.narrow(2, first, seen), self.v.narrow(2, first, seen)
@@ -1106,9 +1112,9 @@ class DecoderLayer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding one text by kernels: Zaya.hidden_states for its new token. A launch costs microseconds there, so each merge
-# is left to the product that follows it. (For several texts at once these products would read a matrix once for each,
-# where torch's read it once for all.) Skip this section on a first reading.
+# Decoding one text by kernels: Zaya.hidden_states for its new token. A launch costs microseconds, so each merge is
+# computed inside the product that follows it. (For several texts these products would read the matrix once for each
+# text, where torch's read it once for all.) Skip this section on a first reading.
 
 
 def hidden_of_one(model, token, cache):
@@ -1157,7 +1163,7 @@ class PartialCCA(CCA):
     def mix(self, qkv, temp, cos, sin, cache):
         past, v_before = self.before(qkv, cache)
         (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
-        qk, v_now, v_late = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
+        qk, v_current, v_delayed = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
         mixed = torch.cat([past, qk], dim=1)
         if "depthwise" not in self.without:
             mixed = depthwise_conv(mixed, self.conv_qk_depthwise.weight, self.conv_qk_depthwise.bias)
@@ -1167,10 +1173,10 @@ class PartialCCA(CCA):
         if "qk_mean" not in self.without:
             mixed = mixed + qk_mean(qk.float(), Hq, Hk)
         if "value_shift" not in self.without:
-            v_late = torch.cat([v_before, v_late[:, :-1]], dim=1)
+            v_delayed = torch.cat([v_before, v_delayed[:, :-1]], dim=1)
         mixed = rotate(normalize_heads(mixed.view(B, T, Hq + Hk, -1), temp), cos, sin).to(qkv.dtype)
         q, k = mixed.split([Hq, Hk], dim=2)
-        return q, k, torch.cat([v_now, v_late], dim=-1).view(B, T, Hk, -1)
+        return q, k, torch.cat([v_current, v_delayed], dim=-1).view(B, T, Hk, -1)
 
 
 class PlainProjection(nn.Module):
@@ -1350,11 +1356,14 @@ def attend_in_blocks(q, k, v, window, size=128):
 
     Forward and backward of 8 x 256 tokens, 4 query heads of 32, take 4.3 ms; the CPU's fused kernel takes 10.3. In fp32
     it is 6.7 and 7.4, and in a whole step no gain, for the blocks keep their scores and the fused kernel does not.
+    Without a gradient scores are fp32. With one they are bf16: the larger the temperatures, the coarser.
     """
     (B, T, Hq, h), S, Hk = q.shape, k.shape[1], k.shape[2]
     group, before = Hq // Hk, S - T
     q = q.view(B, T, Hk, group, h).permute(0, 2, 3, 1, 4).reshape(B * Hk, group, T, h)
     k, v = k.transpose(1, 2).reshape(B * Hk, S, h), v.transpose(1, 2).reshape(B * Hk, S, h)
+    if not torch.is_grad_enabled():
+        q, k = q.float(), k.float()
     out = []
     for start in range(0, T, size):
         end = min(start + size, T)
@@ -1363,7 +1372,7 @@ def attend_in_blocks(q, k, v, window, size=128):
         bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")).repeat(group, 1)
         queries = q[:, :, start:end].reshape(B * Hk, -1, h)
         scores = torch.baddbmm(bias, queries, k[:, first:stop].mT, alpha=1 / math.sqrt(h))
-        out.append((scores.softmax(dim=-1) @ v[:, first:stop]).view(B, Hq, end - start, h))
+        out.append((scores.softmax(dim=-1).to(v.dtype) @ v[:, first:stop]).view(B, Hq, end - start, h))
     return torch.cat(out, dim=2).transpose(1, 2).flatten(2)
 
 
@@ -1412,7 +1421,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunks = math.ceil(max(N, 1) / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
         rows = math.ceil(max(N, 1) / chunks)
         for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            log_p = times_fp32(x, weight)  # logits yet; no name shall keep them longer
+            log_p = times_fp32(x, weight)  # logits for now; one name, so that they are freed at log_softmax
             if padding:
                 log_p[:, V:] = float("-inf")
             log_p = log_p.log_softmax(dim=1)
@@ -1434,7 +1443,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def minus_one_hot(p, y):
-    """p (n, V) - one_hot(y). Compiled, it joins what stands around it; scattering would be a pass of its own."""
+    """p (n, V) - one_hot(y). torch.compile fuses the comparison with its neighbours; a scatter it would not."""
     if torch.compiler.is_compiling():
         return p - (torch.arange(p.shape[1], device=y.device) == y[:, None]).float()
     return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
@@ -1475,14 +1484,10 @@ def by_onednn(a, b):
 
 @lru_cache
 def mkl_is_slow():
-    """Whether MKL leaves half of this CPU unused: on Zen 5 oneDNN is twice as fast, elsewhere hardly faster."""
-    a, b, best = torch.ones(512, 256), torch.ones(256, 256), [math.inf, math.inf]
-    for _ in range(10):
-        for i, way in enumerate((F.linear, by_onednn)):
-            start = time.perf_counter()
-            way(a, b)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] > 1.4 * best[1]
+    """Whether MKL leaves half of this CPU unused: on Zen 5 (AMD's family 26) oneDNN is twice as fast, elsewhere hardly
+    faster. Not timed: the two round differently, and a run that is resumed must choose the same again."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and re.search(r"^cpu family\s*: 26$", cpuinfo.read_text(), re.MULTILINE) is not None
 
 
 class LinearByOneDNN(torch.autograd.Function):
@@ -1532,8 +1537,8 @@ def say_once(message, said=set()):  # noqa: B006 the set is to live on
     return False
 
 
-# Under torch.compile it speaks while it is compiled, and no graph breaks. torch.compiler.assume_constant_result sets
-# this, too, but imports the whole compiler for it: every start would take a second longer.
+# torch.compile then runs say_once while tracing, and need not break the graph there. It is the flag that
+# torch.compiler.assume_constant_result sets, but that imports the whole compiler: every start would take a second more.
 say_once._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1805,8 +1810,9 @@ def safetensors_header(path):
             for dtype, shape, start, stop in entries.values():
                 if start < 0 or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
                     raise ValueError("a tensor's shape and place disagree")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
-            raise ValueError(f"{path} is damaged: its header is no safetensors header") from None
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError,
+                RecursionError) as error:  # fmt: skip
+            raise ValueError(f"{path} is damaged, or holds what is not known here: {error!r}") from None
         if size != end:
             raise ValueError(f"{path} is damaged: it has {size} bytes, its header speaks of {end}")
     return entries, 8 + length
@@ -1952,7 +1958,7 @@ def forward_flops(config, active, context):
     """Operations of a token's forward pass: 2 for each active weight and each of the LM head (an untied one is active
     already); and in attention, for every key and channel of the queries, 2 for the score and 2 for the values' sum."""
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    attention = 4 * config.positions_seen(context) * config.num_attention_heads * config.head_dim
     return 2 * (active + head) + attention
 
 

@@ -56,12 +56,12 @@ class Tokenizer:
         return self.encode("\n") if self.known is None or "\n" in self.known else [0]
 
     def decode(self, ids):
-        """ids -> str; half a character becomes U+FFFD. KeyError for an id outside the vocabulary."""
+        """ids -> str; half a character becomes U+FFFD. What is no id adds nothing: a model may know more of them."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids):
         """ids -> bytes, which can be joined from piece to piece where str cannot."""
-        return self.encoding.decode_bytes(ids)
+        return self.encoding.decode_bytes([i for i in ids if i < self.n_vocab])
 
     def turns(self, question):
         raise ValueError(f"the tokenizer {self.name} has no chat template: it belongs to no model that chats")

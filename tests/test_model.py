@@ -264,6 +264,16 @@ def test_attention_is_its_formula(T, S, window, dtype):
     )
 
 
+@torch.no_grad()
+def test_scores_of_bf16_are_fp32_when_text_is_written():
+    """At scores of 100, where bf16 knows whole numbers only, no more is lost than one rounding of what goes in."""
+    torch.manual_seed(0)
+    q, k, v = (scale * torch.randn(1, 40, heads, 64) for heads, scale in ((4, 4), (1, 4), (1, 1)))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    exact = zaya.attend(q.float(), k.float(), v.float())
+    assert (zaya.attend(q, k, v) - exact).norm() < 0.003 * exact.norm()
+
+
 @pytest.mark.parametrize("twin", [{}, {"mlp": "dense"}, {"attention": "gqa"}, {"tie_word_embeddings": False}])
 def test_every_parameter_learns_from_the_first_step(twin):
     """From our own initialisation, no exception; and with these 512 tokens every expert, too."""
@@ -386,7 +396,9 @@ def test_greedy_is_an_argmax_loop(prompt, new, context):
     assert len(text[:, prompt:].unique()) > 2
 
 
-@pytest.mark.parametrize("flags", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-5}, {"top_k": 5, "top_p": 1e-6}])
+@pytest.mark.parametrize(
+    "flags", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-50}, {"temperature": 1e-5}, {"top_k": 5, "top_p": 1e-6}]
+)
 def test_narrow_sampling_is_greedy(flags):
     model, tokens = random_model(), random_tokens(3, 5)
     assert model.generate(tokens, 20, **flags).equal(model.generate(tokens, 20, temperature=0))

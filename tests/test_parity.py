@@ -147,12 +147,12 @@ def test_loss_and_every_gradient(models, time):
     our_parameters, their_parameters = official_names(dict(ours.named_parameters())), dict(theirs.named_parameters())
     assert our_parameters.keys() == their_parameters.keys()
     largest = max(p.grad.norm() for p in their_parameters.values())
-    floor = 1e-5 * largest  # rounding: eps is 1.2e-7, and sums run over every token
+    floor = 1e-6 * largest  # rounding: eps is 1.2e-7, and sums run over every token
     for name, parameter in our_parameters.items():
         difference, norm = (parameter.grad - their_parameters[name].grad).norm(), their_parameters[name].grad.norm()
         if time == TIME:
             assert norm > 1e-4 * largest, name
-        assert difference <= max(1e-4 * norm, floor), name
+        assert difference <= max(3e-4 * norm, floor), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

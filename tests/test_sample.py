@@ -4,6 +4,7 @@ import io
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,15 @@ def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     shown = []
     rows, speed = writer.write([1, 2], shown.append)
     assert rows == [[5], [6, 6, 6]] and shown == [5] and (speed.count, speed.kept) == (4, 4)
+
+
+def test_a_text_begins_with_one_bos(finished):
+    """Which a chat that transformers has rendered brings along."""
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu", chat=True))
+    writer.model.config = replace(writer.model.config, bos_token_id=9)
+    for turns in ([5, 6], [9, 5, 6]):
+        writer.tokenizer = SimpleNamespace(turns=lambda prompt: (turns, 7))
+        assert writer.ids("") == [9, 5, 6]
 
 
 def test_a_character_belongs_to_the_token_that_completes_it():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -565,7 +566,7 @@ def test_a_log_with_gaps(tmp_path, capsys):
     assert (tmp_path / "loss.png").stat().st_size > 1000
     clock = train.Clock()
     clock.steps = [1.0] * 9
-    train.report_speed(clock, tmp_path)
+    train.report_speed(clock, tmp_path, step=2)
     assert "3 TFLOP a joule" in capsys.readouterr().out
 
 
@@ -750,6 +751,26 @@ def test_torchruns_restart_resumes_by_itself(finished, tiny, call, tmp_path, mon
     assert_same_run(tmp_path / "new", finished.out)
 
 
+def test_torchrun_starts_a_killed_rank_again_but_no_refused_run(tiny, tmp_path):
+    """Both come back with TORCHELASTIC_RESTART_COUNT in the environment; only what was killed had begun its run."""
+    out, plan = tmp_path / "out", tiny | {"steps": 60, "save_every": 5, "eval_every": 60}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    start = [*torchrun, ROOT / "train.py", *flags(**plan, out=out)]
+    launcher = subprocess.Popen(start, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, ranks = out / "log.jsonl", Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    while launcher.poll() is None and (not log.exists() or log.read_text().count("\n") < 12):
+        time.sleep(0.002)
+    os.kill(int(ranks.read_text().split()[-1]), signal.SIGKILL)
+    _, stderr = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0, stderr
+    assert [entry["step"] for entry in log_of(out)] == [*range(1, 61)]
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = subprocess.run([*start, "--steps", "70"], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and f"{out} holds a run already" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks and accumulation: the same batch, cut in other ways, is the same up to rounding
 
@@ -918,6 +939,8 @@ def test_flops_of_a_token():
     attention = 3 * 2 * 2 * 40 * 8 * 128 * 2048
     flops = 6 * (753_608_528 + 262_272 * 2048) + attention
     assert train.flops_a_token(config, 753_608_528, 4096) == flops
+    sliding = replace(config, layer_types=["hybrid", "hybrid_sliding"] * 20, sliding_window=512)
+    assert train.flops_a_token(sliding, 753_608_528, 4096) == flops - attention * (1 - 512 / 2048) / 2
     untied = replace(config, tie_word_embeddings=False)  # there the head is one of the active weights
     assert train.flops_a_token(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
 

@@ -7,40 +7,25 @@ import time
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
 from data.dataset import cut, make_parser, one_line_errors, write_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-LENGTH = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TIMEOUT = 30  # seconds without a byte
 WAITS = [1, 2, 4]  # seconds before each retry
 
 
 def download(url):
-    """The LENGTH bytes at url, in memory, so that no half a file can be left. OSError after the last retry."""
+    """The bytes at url, in memory, so that no half a file can be left. OSError after the last retry."""
     for wait in [*WAITS, None]:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                return read(response)
+                return response.read()
         except (OSError, http.client.HTTPException) as error:
             if wait is None:
                 raise OSError(f"{url}: {error}; a copy you have can be given with --file") from None
             time.sleep(wait)
-
-
-def read(response):
-    """All of response, with a progress bar. OSError if it ends before LENGTH bytes."""
-    data = bytearray()
-    with tqdm(total=LENGTH, desc="download", unit="B", unit_scale=True, disable=None) as bar:
-        while len(data) <= LENGTH and (block := response.read(2**16)):
-            data += block
-            bar.update(len(block))
-    if len(data) < LENGTH:
-        raise OSError(f"only {len(data):,} of {LENGTH:,} bytes came")
-    return bytes(data)
 
 
 def main(argv=None):
