@@ -505,14 +505,14 @@ def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.cons
 
 
 @triton.jit
-def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
+def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
                           state, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, ALONE: tl.constexpr,
                           BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT). DEEP: there is a state before. ALONE: a single program; else counts (CLASSES) int32 start at 0."""
+    """Grid (N / BT). DEEP: not the first layer. ALONE: a single program; else counts (CLASSES) int32 start at 0."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
-        x += load_matrix(before, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
+        x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
@@ -540,8 +540,8 @@ def router_forward_kernel(r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balan
 
 
 @triton.jit
-def router_backward_kernel(grad_p, grad_state, probability, state, before, gamma, norm, eps, W1, b1, W2, b2, W3, choice,
-                           normed, hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
+def router_backward_kernel(grad_p, grad_state, probability, state, previous, gamma, norm, eps, W1, b1, W2, b2, W3,
+                           choice, normed, hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
                            R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
                            BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
@@ -596,7 +596,7 @@ def router_backward_kernel(grad_p, grad_state, probability, state, before, gamma
     dx = (da - direction * (tl.sum(da * direction, axis=1) / R)[:, None]) * inverse[:, None]
     dx += tl.load(grad_state + at, mask=inside, other=0.0)
     if DEEP:
-        tl.store(own + R + c, tl.sum(dx * tl.load(before + at, mask=inside, other=0.0), axis=0), mask=c < R)
+        tl.store(own + R + c, tl.sum(dx * tl.load(previous + at, mask=inside, other=0.0), axis=0), mask=c < R)
     tl.store(grad_r + at, dx, mask=inside)
 
 
@@ -607,7 +607,7 @@ def router_shape(kernel, r, W3):
 
 @operator
 def router_forward(
-    r: Tensor, before: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
+    r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route."""
@@ -617,15 +617,15 @@ def router_forward(
     choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)
     counts = (r.new_empty if alone else r.new_zeros)(len(W3), dtype=torch.int32)
     launch(
-        router_forward_kernel, grid, r, before, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
-        counts, state, N, DEEP=before is not None, ALONE=alone, **shape,
+        router_forward_kernel, grid, r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
+        counts, state, N, DEEP=previous is not None, ALONE=alone, **shape,
     )  # fmt: skip
     return probability, choice, counts, state
 
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, before: Tensor | None,
+    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, previous: Tensor | None,
     gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor,
     choice: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -636,38 +636,38 @@ def router_backward(
     grad_logits, grad_r = W1.new_empty(N, width), torch.empty_like(state)
     partial = state.new_empty(grid[0], 4, R)
     launch(
-        router_backward_kernel, grid, grad_p, grad_state, probability, state, before, gamma, norm, eps, W1, b1, W2, b2,
-        W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
-        DEEP=before is not None, **shape,
+        router_backward_kernel, grid, grad_p, grad_state, probability, state, previous, gamma, norm, eps, W1, b1, W2,
+        b2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
+        DEEP=previous is not None, **shape,
     )  # fmt: skip
     d_W3 = (grad_logits.t() @ thought)[: len(W3)]
     return grad_r, grad_first.t() @ normed, grad_second.t() @ hidden, d_W3, partial.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
-    r, before, gamma, norm, eps, W1, b1, W2, b2, W3, _ = inputs
+    r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, _ = inputs
     probability, choice, counts, state = output
-    ctx.save_for_backward(probability, state, before, gamma, norm, W1, b1, W2, b2, W3, choice)
+    ctx.save_for_backward(probability, state, previous, gamma, norm, W1, b1, W2, b2, W3, choice)
     ctx.eps, ctx.dtype = eps, r.dtype
     ctx.mark_non_differentiable(choice, counts)
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state):
-    *first, before, gamma, norm, W1, b1, W2, b2, W3, choice = ctx.saved_tensors
+    *first, previous, gamma, norm, W1, b1, W2, b2, W3, choice = ctx.saved_tensors
     grads = grad_p.contiguous(), grad_state.contiguous()
     layers = norm, ctx.eps, W1, b1, W2, b2, W3, choice
-    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, *first, before, gamma, *layers)
+    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, *first, previous, gamma, *layers)
     d_norm, d_gamma, d_b1, d_b2 = sums
-    d_before, d_gamma = (None, None) if before is None else (grad_r * gamma, d_gamma)
+    d_previous, d_gamma = (None, None) if previous is None else (grad_r * gamma, d_gamma)
     d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
-    return grad_r.to(ctx.dtype), d_before, d_gamma, d_norm, None, *d_layers, None
+    return grad_r.to(ctx.dtype), d_previous, d_gamma, d_norm, None, *d_layers, None
 
 
 router_forward.register_autograd(router_gradient, setup_context=save_for_router)
 
 
-def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing):
-    return router_forward(r, before, gamma, norm, eps, *fc1, *fc2, out, balancing)
+def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
+    return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

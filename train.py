@@ -421,8 +421,9 @@ def newton_schulz(g, steps=5):
 class Muon:
     """Momentum, made orthogonal: every direction of a weight matrix is moved by the same amount [R].
 
-    One matrix is one unit: an expert's gate, up and down each on its own. Those of a shape go through Newton-Schulz
-    in batches. The update has the root mean square 0.2, as AdamW's has, so that both take one learning rate.
+    One matrix is one unit: a SwiGLU's gate, up and down each on its own. Those of a shape go through Newton-Schulz
+    in batches. The update has the root mean square 0.2, as AdamW's has, so that both take one learning rate (Liu et
+    al., arXiv 2502.16982).
 
     Sharded over the ranks (ZeRO-1): a parameter's fp32 master and momentum lie on its owner alone, which updates it and
     sends it to all, while the next batch is being made orthogonal.
@@ -443,8 +444,8 @@ class Muon:
     @staticmethod
     def matrices(name, tensor):
         """tensor as (M, rows, cols)."""
-        if name.endswith("experts.gate_up_proj"):  # (E, 2F, D): gate and up are two matrices
-            return tensor.view(2 * tensor.shape[0], -1, tensor.shape[2])
+        if "gate_up_proj" in name:  # (E, 2F, D), or a dense twin's (2F, D): gate and up are two matrices
+            return tensor.view(-1, tensor.shape[-2] // 2, tensor.shape[-1])
         return tensor.view(-1, *tensor.shape[-2:])
 
     def share_out(self):

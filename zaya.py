@@ -378,18 +378,18 @@ class Router(nn.Module):
         # Tokens that each class has been given since the trainer last set this to zero.
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
-    def forward(self, x, before):
-        """x (N, D), before: the previous layer's state (N, R) or None -> what route returns."""
-        return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), before)
+    def forward(self, x, previous):
+        """x (N, D), previous: the previous layer's state (N, R) or None -> what route returns."""
+        return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), previous)
 
-    def think(self, r, before):
+    def think(self, r, previous):
         """r (N, R), x projected down -> what route returns."""
         mlp = self.router_mlp
         gamma = getattr(self, "router_states_scale", None)  # none in the first layer, and none for no_eda
-        before = None if gamma is None else before
+        previous = None if gamma is None else previous
         norm, fc1, fc2 = mlp["norm"], (mlp["fc1"].weight, mlp["fc1"].bias), (mlp["fc2"].weight, mlp["fc2"].bias)
         probability, choice, counts, state = route(
-            r, before, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
+            r, previous, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
         )
         self.count(counts)
         return probability, choice, counts, state
@@ -401,13 +401,13 @@ class Router(nn.Module):
 
 
 @has_kernel
-def route(r, before, gamma, norm, eps, fc1, fc2, out, balancing_biases):
-    """The router's thinking [R] II-A2. r (N, R): the tokens projected down; before (N, R): the previous layer's state,
-    and gamma (R) its weight, or None both; norm (R); fc1 and fc2: (weight (R, R), bias (R)); out (E + 1, R)
+def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing_biases):
+    """The router's thinking [R] II-A2. r (N, R): the tokens projected down; previous (N, R): the state of the layer
+    before, and gamma (R) its weight, or None both; norm (R); fc1 and fc2: (weight (R, R), bias (R)); out (E + 1, R)
     -> probability (N) and number (N) of the class chosen, tokens a class (E + 1), state (N, R) for the next layer."""
     state = r.float()
-    if before is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading as gamma learns
-        state = state + before * gamma
+    if previous is not None:  # Exponential Depth Averaging: earlier layers' thoughts, fading as gamma learns
+        state = state + previous * gamma
     thought = F.gelu(linear(normalize(state, norm, eps), *fc1))
     thought = F.gelu(linear(thought, *fc2))
     # fp32: in bf16 a tenth of the tokens would see ties between experts.
@@ -1088,11 +1088,11 @@ class DecoderLayer:
             out = torch.bmm(torch.bmm(q.view(Hk, -1, h), k[0].mT).softmax(dim=-1), v[0])
         return self.o_proj(out.reshape(B, -1))
 
-    def experts(self, normed, before):
-        """normed (B, D), before: the last layer's router state (B, R) or None -> (B, D), state."""
+    def experts(self, normed, previous):
+        """normed (B, D), previous: the last layer's router state (B, R) or None -> (B, D), state."""
         bias, weight = self.router_down
         state = torch.addmm(bias, normed, weight)
-        state = state if before is None else torch.addcmul(state, before, self.gamma)
+        state = state if previous is None else torch.addcmul(state, previous, self.gamma)
         (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
         u = torch.addmm(bias1, self.router_norm(state), weight1)
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
@@ -1205,7 +1205,7 @@ class LinearRouter(Router):
         del self.down_proj, self.router_mlp
         self.out_proj = nn.Linear(config.hidden_size, config.num_experts + 1, bias=False)
 
-    def forward(self, x, before):
+    def forward(self, x, previous):
         chosen = choose(linear(x, self.out_proj.weight).float().softmax(dim=-1), self.balancing_biases)
         self.count(chosen[2])
         return *chosen, None

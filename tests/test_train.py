@@ -83,12 +83,14 @@ def test_muon_is_the_textbook_one_matrix_by_matrix():
         "q_proj.weight": torch.randn(8, D),
         "experts.gate_up_proj": torch.randn(E, 2 * F, D),
         "experts.down_proj": torch.randn(E, D, F),
+        "mlp.gate_up_proj.weight": torch.randn(2 * F, D),
     }
 
     def pieces(tensors):
-        """Every matrix on its own: an expert's gate, up and down are three."""
+        """Every matrix on its own: an expert's gate, up and down are three, and so are a dense model's."""
         gate, up = tensors["experts.gate_up_proj"].split(F, dim=1)
-        return [tensors["o_proj.weight"], tensors["q_proj.weight"], *gate, *up, *tensors["experts.down_proj"]]
+        plain = tensors["o_proj.weight"], tensors["q_proj.weight"], *tensors["mlp.gate_up_proj.weight"].split(F)
+        return [*plain, *gate, *up, *tensors["experts.down_proj"]]
 
     expected = [weight.clone() for weight in pieces(parameters)]
     buffers = [torch.zeros_like(weight) for weight in expected]
