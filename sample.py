@@ -2,7 +2,7 @@
 
 python sample.py --checkpoint out --prompt "import "
 python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temperature 0.8 --top_p 0.95 --seed 7
-echo "def f(" | python sample.py --checkpoint out --prompt -
+printf "def f(" | python sample.py --checkpoint out --prompt -
 python sample.py --checkpoint out --prompt "import " --show_experts 1        each token in its expert's colour
 python sample.py --compare out out-dense --prompt "import "                  two checkpoints side by side
 """
@@ -100,16 +100,14 @@ class Writer:
         self.ends = [] if eos is None else [eos]
 
     def ids(self, prompt):
-        """The prompt's token ids after the model's bos token; with --chat, as the turns of a chat. ValueError for an
-        id that the model does not have."""
+        """The prompt's token ids after the model's bos token; with --chat, the turns that the template makes of it.
+        ValueError for an id that the model does not have."""
         model = self.model.config
         if self.config.chat:
             ids, end = self.tokenizer.turns(prompt)
             self.ends += [end] if end is not None else []
         else:
-            ids = self.tokenizer.encode(prompt)
-        if model.bos_token_id is not None and ids[:1] != [model.bos_token_id]:  # which a rendered chat has already
-            ids = [model.bos_token_id, *ids]
+            ids = ([] if model.bos_token_id is None else [model.bos_token_id]) + self.tokenizer.encode(prompt)
         ids = ids or self.tokenizer.beginning()
         if len(ids) > model.max_position_embeddings:
             context = model.max_position_embeddings
@@ -284,16 +282,16 @@ def pieces_of(tokenizer, ids):
 
 def draw_experts(pieces, chosen, probability, experts, path):
     """A panel a layer (eight at most), a column a token (the first 80), a row an expert; dark: sure of its choice."""
-    plt, count = pyplot(), min(80, len(pieces))
+    plt, count, surest = pyplot(), min(80, len(pieces)), probability.max().item()
     layers = sorted({round(i * (len(chosen) - 1) / 7) for i in range(8)})
     figure, axes = plt.subplots(
-        len(layers), 1, figsize=(2 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
+        len(layers), 1, figsize=(4 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, layer in zip(axes[:, 0], layers):
         grid = torch.zeros(experts + 1, count)
         grid[chosen[layer, :count], torch.arange(count)] = probability[layer, :count]
-        image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1)
+        image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=surest)
         axis.set_ylabel(f"layer {layer}\nexpert")
     labels = [repr(piece)[1:-1].replace("$", r"\$") for piece in pieces[:count]]
     axes[-1, 0].set_xticks(range(count), labels, rotation=90, fontsize=7, family="monospace")
@@ -370,10 +368,11 @@ def main():
     if config.compare:
         return compare(config, prompt)
     writer = Writer(config.checkpoint, config)
-    layers = writer.model.config.num_hidden_layers
-    if config.show_experts is not None and not (writer.model.routers and 0 <= config.show_experts < layers):
+    layers = len(writer.model.routers)
+    if config.show_experts is not None and not 0 <= config.show_experts < layers:
         raise ValueError(
-            f"--show_experts {config.show_experts}: no such layer of experts; layers are 0 to {layers - 1}"
+            f"--show_experts {config.show_experts}: no such layer of experts; "
+            + (f"layers are 0 to {layers - 1}" if layers else "the model is dense")
         )
     ids, pieces, start = writer.ids(prompt), Pieces(writer.tokenizer), "" if config.chat else prompt
 

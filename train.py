@@ -28,6 +28,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -170,6 +171,11 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def leave(self):
+        self.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def faster_dtype(ranks):
     """bfloat16 on a GPU; on a CPU whichever multiplies faster, by the first rank's clock: native bf16 has 2 to 4 times
@@ -274,7 +280,7 @@ def say_memory(plan, ranks):
     line = f"rank {ranks.rank}: {line}; {sum(plan.values()) / 1e9:.2f} GB in all"
     if ranks.device.type == "cuda":
         line += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 1e9:.0f} GB"
-    print(line, flush=True)
+    print(line + "\n", end="", flush=True)  # in one piece, for the other ranks print, too
 
 
 class Clock:
@@ -352,24 +358,26 @@ class Tokens:
 class Texts:
     """A data folder: the texts to train and to validate on, and the bytes that a validation token has on average."""
 
-    def __init__(self, name, folder, meta, config):
+    def __init__(self, folder, meta, config):
         self.train = Tokens(folder, "train", config.block_size, config.seed, meta)
         self.val = Tokens(folder, "val", config.block_size, config.seed, meta)
-        self.name, self.bytes_per_token = name, meta["bytes_per_token"]
+        self.val_sha256, self.bytes_per_token = sha256(folder / "val.bin"), meta["bytes_per_token"]
 
 
-def open_data(name, ranks):
-    """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
-    known = os.sep not in name and (ROOT / "data" / name / "prepare.py").exists()
-    folder = ROOT / "data" / name if known else Path(name).expanduser()
+def open_data(name, ranks, flag="--data"):
+    """The data folder of a path or, where there is none, of a name under data/, and its meta.json. A dataset under
+    data/ that is not there is prepared."""
+    folder = Path(name).expanduser().absolute()
+    if not (folder / "meta.json").exists() and (ROOT / "data" / name / "prepare.py").exists():
+        folder = ROOT / "data" / name
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
     ranks.wait()
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data {name}: no such name under data/ and no such folder")
+        raise FileNotFoundError(f"{flag} {name}: no such name under data/ and no such folder")
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"--data {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
+        raise FileNotFoundError(f"{flag} {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
     meta = read_json(folder / "meta.json")
     for key, kind in {"vocab_size": int, "bytes_per_token": (int, float)}.items():
         if not isinstance(meta.get(key), kind) or not 0 < meta[key] < math.inf:
@@ -379,12 +387,12 @@ def open_data(name, ranks):
 
 def open_halves(folder, meta, config, ranks):
     """The texts of a run's first and second half: the same, or --later_data's from the middle on."""
-    texts = Texts(config.data, folder, meta, config)
+    texts = Texts(folder, meta, config)
     if not config.later_data:
         return texts, texts
-    later, later_meta = open_data(config.later_data, ranks)
+    later, later_meta = open_data(config.later_data, ranks, "--later_data")
     refuse_other_tokens(later, folder)
-    return texts, Texts(config.later_data, later, later_meta, config)
+    return texts, Texts(later, later_meta, config)
 
 
 def refuse_other_tokens(folder, other):
@@ -779,8 +787,8 @@ def read_log(out):
 
 
 def literal(name):
-    """name for a picture, where a dollar would begin a formula."""
-    return name.replace("$", r"\$")
+    """name for a picture, where a dollar would begin a formula, and what is no UTF-8 is an error."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def plot(out):
@@ -793,7 +801,7 @@ def plot(out):
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = max(1, len(log) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axis.plot(steps, losses, "." if len(log) == 1 else "-", color="tab:blue", alpha=0.25, linewidth=0.8)
     axis.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training (mean of {width} steps)")
     seen = [e for e in log if e.get("val_loss") is not None]
     if seen:
@@ -815,16 +823,18 @@ def plot(out):
     share = share / share.sum(axis=2, keepdims=True) * share.shape[2]
     layers = sorted(set(np.linspace(0, share.shape[1] - 1, 8).astype(int)))  # at most 8 panels
     figure, axes = plt.subplots(
-        len(layers), 1, figsize=(8, 1 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False
+        len(layers), 1, figsize=(8, 1.5 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False
+    )
+    when = [e["step"] for e in loads]  # a column ends at its step, and begins at the one before
+    edges = (
+        [max(0, 2 * when[0] - when[1]) if len(when) > 1 else when[0] - 1, *when],
+        np.arange(share.shape[2] + 1) - 0.5,
     )
     for axis, layer in zip(axes[:, 0], layers):
-        image = axis.imshow(
-            share[:, layer].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest",
-            extent=(loads[0]["step"], loads[-1]["step"] + 1e-9, -0.5, share.shape[2] - 0.5),
-        )  # fmt: skip
+        image = axis.pcolormesh(*edges, share[:, layer].T, cmap="RdBu_r", vmin=0, vmax=2)
         axis.set_ylabel(f"layer {layer}\nexpert")
     axes[-1, 0].set_xlabel("step")
-    figure.colorbar(image, ax=axes[:, 0].tolist(), label="tokens, as a multiple of an even share", shrink=0.8)
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label="tokens (1: an even share)", shrink=0.8)
     figure.suptitle(f"{name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
     figure.savefig(out / "experts.png", dpi=110)
     plt.close(figure)
@@ -1103,8 +1113,13 @@ def add_up_gradients(ddp, batches, config, ranks, clock):
 
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
+    if "out" in given:
+        given["out"] = os.path.expanduser(given["out"])
+    for name in {"data", "later_data"} & given.keys():  # from wherever --resume will be called
+        folder = Path(given[name] or "").expanduser().absolute()
+        given[name] = str(folder) if (folder / "meta.json").exists() else given[name]
     if given.get("plot"):
-        return compare([Path(run) for run in given["plot"]], Path(given.get("out", TrainConfig.out)))
+        return compare([Path(run).expanduser() for run in given["plot"]], Path(given.get("out", TrainConfig.out)))
     given, resuming = resolve_flags(given)
     given = RECIPES.get(given.get("preset"), {}) | given
     config = TrainConfig(**flags_of(TrainConfig, given))
@@ -1151,14 +1166,18 @@ def main():
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
     config.compile = device.type == "cuda" if config.compile is None else config.compile
     compiled = torch.compile(model, dynamic=False) if config.compile else model
-    ddp = averaging(compiled) if ranks.world > 1 else compiled
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
         found = evaluate(compiled, halves[half(record["step"], config)], config, ranks, routers)
         ranks.first and print(in_words(found))
-        return
+        return ranks.leave()
 
+    if record["step"] > config.steps:
+        raise ValueError(f"--steps {config.steps}: the run in {out} has made {record['step']} steps already")
+    if config.resume and not checkpoint and not config.keep:
+        raise ValueError(f"--resume: the run in {out} keeps no checkpoint to go on from (--keep 0)")
+    ddp = averaging(compiled) if ranks.world > 1 else compiled
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
@@ -1173,9 +1192,8 @@ def main():
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
 
-    # SIGTERM, Ctrl-C and a closed terminal finish the step, save, and leave with status 0.
     asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda number, frame: asked_to_stop.append(number))
     sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)
@@ -1189,8 +1207,8 @@ def main():
         started = time.perf_counter()
         lr = learning_rate(step, config)
         texts = halves[half(step, config)]
-        if record.get("best_of") != texts.name:  # the best so far, if any, was measured on another text
-            record |= {"best": None, "best_of": texts.name}
+        if record.get("best_of") != texts.val_sha256:  # the best so far, if any, was measured on another text
+            record |= {"best": None, "best_of": texts.val_sha256}
 
         loss = add_up_gradients(ddp, batches, config, ranks, clock)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -1251,11 +1269,15 @@ def main():
         report_ranks(ddp, ranks)
     if ranks.first:
         report_speed(clock, out, step)
+        if record["skipped"]:
+            print(f"{record['skipped']} steps were skipped: their loss or gradient was not finite")
         plot(out)
         farewell(model, tokenizer, config, step)
-    ranks.wait()
-    if ranks.world > 1:
-        dist.destroy_process_group()
+    ranks.leave()
+
+
+# SIGTERM, Ctrl-C and a closed terminal finish the step, save, and leave with status 0.
+STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Unheard:
@@ -1287,7 +1309,7 @@ def report(bar, entry):
     loss = "skipped" if entry["loss"] is None else f"{entry['loss']:.3f}"
     shown = {"loss": loss, "tok/s": f"{entry['tokens_per_s']:,.0f}"}
     if "load_entropy" in entry:
-        shown["load entropy"] = f"{entry['load_entropy']:.3f}"
+        shown["entropy"] = f"{entry['load_entropy']:.3f}"
     bar.set_postfix(shown, refresh=False)
     if "val_loss" in entry:
         bar.write(f"step {entry['step']}: {in_words(entry)}")
@@ -1329,18 +1351,20 @@ def farewell(model, tokenizer, config, step):
     """What to do next; after the last step, with a sample of text."""
     if step < config.steps:
         print(
-            f"stopped after step {step}, which is saved; go on with: python train.py --out {config.out} --resume"
+            f"stopped after step {step}, which is saved; go on with: python train.py --out {quote(config.out)} --resume"
             if config.keep
             else f"stopped after step {step}; nothing is saved (--keep 0)"
         )
         return
+    for number in STOP:  # all is saved: from here on they stop at once
+        signal.signal(number, signal.SIG_DFL)
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = "import " if config.data == "stdlib" else "The "
-    more = f'; more text: python sample.py --checkpoint {config.out} --prompt "{prompt}"' if config.keep else ""
+    more = f'; more text: python sample.py --checkpoint {quote(config.out)} --prompt "{prompt}"' if config.keep else ""
     pictures = "loss.png and experts.png" if model.routers else "loss.png"
     print(f"pictures: {pictures} in {config.out}{more}")
 

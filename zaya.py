@@ -1908,6 +1908,7 @@ def parse_flags(description, *classes):
 @contextmanager
 def stop_in_one_line():
     """Turn what a user can get wrong into one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:
         try:
             yield

@@ -94,10 +94,10 @@ class ForeignTokenizer:
         self.backend.encode_special_tokens = True  # misleading name: it stops special tokens being found in a text
         self.backend.no_truncation()
         config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
-        eos = config.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
         self.name = config.get("name") or folder.resolve().name
-        self.eot = self.backend.token_to_id(eos) if eos else None
+        special = (config.get(name) for name in ("bos_token", "eos_token"))
+        special = (token["content"] if isinstance(token, dict) else token for token in special)
+        self.bos, self.eot = (self.backend.token_to_id(token) if token else None for token in special)
         self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text):
@@ -113,7 +113,8 @@ class ForeignTokenizer:
         return self.decode(ids).encode()
 
     def turns(self, question):
-        """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer).
+        """A chat's first turn and the beginning of its second, after bos where the template has it
+        -> (ids, the id that ends the answer).
 
         A question with special tokens in it is taken for a rendered chat. ValueError for a template not known here.
         """
@@ -132,8 +133,10 @@ class ForeignTokenizer:
                 "chat, and give --chat what it returns"
             )
         begin, end, role = known[0]
+        bos = [self.bos] if "bos_token" in template and self.bos is not None else []
         turns = [begin, f"user\n{question.strip()}", end, "\n", begin, f"{role}\n"]
-        return [i for part in turns for i in ([special[part]] if part in special else self.encode(part))], special[end]
+        ids = [i for part in turns for i in ([special[part]] if part in special else self.encode(part))]
+        return bos + ids, special[end]
 
     def save(self, folder):
         write_files(folder, self.files)

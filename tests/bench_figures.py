@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sample
-from zaya import PRESETS, Zaya, find_checkpoint, pyplot, token_costs
+from train import refuse_other_tokens
+from zaya import OneLineParser, PRESETS, Zaya, find_checkpoint, pyplot, stop_in_one_line, token_costs
 
 plt = pyplot()
 
@@ -67,6 +68,9 @@ def router(args):
     """Which kinds of token each expert gets, on the text that a run of the default data is validated on."""
     writer = sample.Writer(args.checkpoint, sample.SampleConfig(device="cpu"))
     model, tokenizer = writer.model, writer.tokenizer
+    if not model.routers:
+        raise ValueError(f"the model of {args.checkpoint} is dense: it has no router")
+    refuse_other_tokens(ROOT / "data" / "stdlib", find_checkpoint(args.checkpoint))
     ids = np.fromfile(ROOT / "data" / "stdlib" / "val.bin", "<u2")[: args.tokens].tolist()
     chosen, _ = sample.choices(model, ids)
     pieces = [tokenizer.decode([token]) for token in ids]
@@ -96,7 +100,9 @@ def router(args):
 
 def scales(args):
     """The learned scales of every merge, from the first layer to the last."""
-    model = Zaya.from_pretrained(find_checkpoint(args.checkpoint))
+    model = Zaya.from_pretrained(args.checkpoint)
+    if not model.config.residual_scaling:
+        raise ValueError(f"the model of {args.checkpoint} has no residual scaling")
     merges = [getattr(layer, f"post_{part}_residual_scale") for layer in model.layers for part in ("attention", "mlp")]
     depth = np.arange(len(merges)) / 2 + 0.5
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharex=True)
@@ -122,7 +128,7 @@ def save(figure, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=("costs", "router", "scales"))
     parser.add_argument("--checkpoint", default="out", help="a run directory or a checkpoint (default: out)")
     parser.add_argument(
@@ -134,4 +140,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()

@@ -320,7 +320,7 @@ def compile_for(architecture, dtype, head_dim):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = zaya.OneLineParser(
         description=kernels.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(

@@ -74,6 +74,15 @@ def test_resuming_does_not_change_the_model(finished, call, change):
     assert_refused(call(train, *flags(out=finished.out, resume=True, **change)), *change)
 
 
+def test_a_run_does_not_go_back(finished, tiny, call, tmp_path):
+    before = (finished.out / "args.json").read_text()
+    assert_refused(call(train, *flags(out=finished.out, resume=True, steps=5)), "--steps 5", "6 steps")
+    assert before == (finished.out / "args.json").read_text()
+    assert call(train, *flags(**tiny, keep=0, out=tmp_path)).status == 0
+    done = call(train, *flags(out=tmp_path, resume=True, steps=8))
+    assert done.status == 2 and "--keep 0" in done.lines[-1] and len((tmp_path / "log.jsonl").read_text()) > 100
+
+
 def test_fine_tuning_does_not_change_the_model(finished, tiny_data, call, tmp_path):
     chosen = dict(data=tiny_data, init_from=finished.out, out=tmp_path / "out", device="cpu")
     assert_refused(call(train, *flags(**chosen, hidden_size=64)), "--hidden_size")

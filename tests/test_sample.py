@@ -215,12 +215,13 @@ def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
 
 
 def test_a_text_begins_with_one_bos(finished):
-    """Which a chat that transformers has rendered brings along."""
-    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu", chat=True))
+    """The template of a chat writes it by itself, or has none."""
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
     writer.model.config = replace(writer.model.config, bos_token_id=9)
-    for turns in ([5, 6], [9, 5, 6]):
-        writer.tokenizer = SimpleNamespace(turns=lambda prompt: (turns, 7))
-        assert writer.ids("") == [9, 5, 6]
+    writer.tokenizer = SimpleNamespace(encode=lambda text: [5, 6], turns=lambda question: ([8, 5, 6], 7))
+    assert writer.ids("") == [9, 5, 6]
+    writer.config.chat = True
+    assert writer.ids("") == [8, 5, 6]
 
 
 def test_a_character_belongs_to_the_token_that_completes_it():
