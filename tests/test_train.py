@@ -540,7 +540,7 @@ def test_data_of_other_tokens_is_refused(tiny, finished, call, tmp_path):
 
 
 def test_data_may_be_moved(tiny, finished, call, tmp_path, monkeypatch):
-    """Also to a folder here that is called as one under data/; and the best checkpoint is still the best on that text."""
+    """Also to a folder here that is called as one under data/; the best checkpoint is still the best on that text."""
     out = shutil.copytree(finished.out, tmp_path / "out")
     shutil.rmtree(out / "step-0000006")
     folder = shutil.copytree(tiny["data"], tmp_path / "stdlib")
