@@ -826,10 +826,8 @@ def plot(out):
         len(layers), 1, figsize=(8, 1.5 + 1.3 * len(layers)), sharex=True, layout="constrained", squeeze=False
     )
     when = [e["step"] for e in loads]  # a column ends at its step, and begins at the one before
-    edges = (
-        [max(0, 2 * when[0] - when[1]) if len(when) > 1 else when[0] - 1, *when],
-        np.arange(share.shape[2] + 1) - 0.5,
-    )
+    start = max(0, 2 * when[0] - when[1]) if len(when) > 1 else when[0] - 1
+    edges = [start, *when], np.arange(share.shape[2] + 1) - 0.5
     for axis, layer in zip(axes[:, 0], layers):
         image = axis.pcolormesh(*edges, share[:, layer].T, cmap="RdBu_r", vmin=0, vmax=2)
         axis.set_ylabel(f"layer {layer}\nexpert")
@@ -991,7 +989,11 @@ HOLDS_RUN = "{out} holds a run already: continue it with --resume, or choose ano
 
 def resolve_flags(given):
     """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
-    out = Path(given.get("out", TrainConfig.out))
+    out = Path(given.get("out", TrainConfig.out)).expanduser()
+    given = given | {"out": str(out)}
+    for name in ("data", "later_data"):
+        if given.get(name) and (meta := Path(given[name]).expanduser().absolute() / "meta.json").exists():
+            given[name] = str(meta.parent)  # which --resume finds from anywhere
     files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
     holds_run = bool(files) or any(out.glob("step-*"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
@@ -1007,7 +1009,7 @@ def resolve_flags(given):
     for name, value in given.items():
         if name in fixed and value != saved.get(name, getattr(TrainConfig, name, None)):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
-    return saved | given | {"out": str(out)}, True  # the folder may have been moved
+    return saved | given, True  # with the given --out, for the folder may have been moved
 
 
 def new_model(config, given, meta, eot):
@@ -1113,13 +1115,9 @@ def add_up_gradients(ddp, batches, config, ranks, clock):
 
 def main():
     given = parse_flags(__doc__, TrainConfig, ZayaConfig)
-    if "out" in given:
-        given["out"] = os.path.expanduser(given["out"])
-    for name in {"data", "later_data"} & given.keys():  # from wherever --resume will be called
-        folder = Path(given[name] or "").expanduser().absolute()
-        given[name] = str(folder) if (folder / "meta.json").exists() else given[name]
     if given.get("plot"):
-        return compare([Path(run).expanduser() for run in given["plot"]], Path(given.get("out", TrainConfig.out)))
+        runs = [Path(run).expanduser() for run in given["plot"]]
+        return compare(runs, Path(given.get("out", TrainConfig.out)).expanduser())
     given, resuming = resolve_flags(given)
     given = RECIPES.get(given.get("preset"), {}) | given
     config = TrainConfig(**flags_of(TrainConfig, given))
@@ -1193,9 +1191,7 @@ def main():
         speed = Speed(flops, device, config.dtype)
 
     asked_to_stop = []
-    for number in STOP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda number, frame: asked_to_stop.append(number))
+    on_stop(lambda number, frame: asked_to_stop.append(number))  # finish the step, save, leave with status 0
     sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
@@ -1276,8 +1272,11 @@ def main():
     ranks.leave()
 
 
-# SIGTERM, Ctrl-C and a closed terminal finish the step, save, and leave with status 0.
-STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+def on_stop(action):
+    """What SIGTERM, Ctrl-C and a closed terminal do from here on. One that is ignored, as nohup has it, stays so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 class Unheard:
@@ -1356,8 +1355,7 @@ def farewell(model, tokenizer, config, step):
             else f"stopped after step {step}; nothing is saved (--keep 0)"
         )
         return
-    for number in STOP:  # all is saved: from here on they stop at once
-        signal.signal(number, signal.SIG_DFL)
+    on_stop(signal.SIG_DFL)  # all is saved
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
