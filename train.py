@@ -89,8 +89,8 @@ class TrainConfig:
             if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"--{name} must be at least 1 and below 2^31, not {getattr(self, name)}")
         for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr", "keep"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"--{name} must be 0 or more and below 2^31, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"--{name} must be 0 or more and below 2^63, not {getattr(self, name)}")
         if not 0 < self.lr <= 1e30 or not self.grad_clip > 0:
             raise ValueError("--lr and --grad_clip must be positive, --lr at most 1e30")
         if not 0 <= self.final_lr <= 1 or not 0 <= self.momentum < 1:
@@ -150,11 +150,13 @@ class Ranks:
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
-        self.device, self.store = torch.device(device), None  # torchrun's, the same before and after a crash
+        self.device, self.store = torch.device(device), None
         if "RANK" in os.environ:
-            self.store, *_ = next(dist.rendezvous("env://"))
+            store, *_ = next(dist.rendezvous("env://"))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                self.store = store  # torchrun's own, the same before and after a crash
             # After a crash torchrun starts all ranks again: the last try's addresses must not count.
-            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", self.store)
+            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend, own = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world, device_id=own,
@@ -220,8 +222,8 @@ def rates(device, dtype):
 
 
 def flops_a_token(config, active, block_size):
-    """Forward, and twice that backward; a token's past is half the block on average."""
-    return 3 * forward_flops(config, active, block_size / 2)
+    """Forward, and twice that backward, mean of a block's tokens."""
+    return 3 * forward_flops(config, active, block_size, mean=True)
 
 
 class Speed:
@@ -365,11 +367,8 @@ class Texts:
 
 
 def open_data(name, ranks, flag="--data"):
-    """The data folder of a path or, where there is none, of a name under data/, and its meta.json. A dataset under
-    data/ that is not there is prepared."""
-    folder = Path(name).expanduser().absolute()
-    if not (folder / "meta.json").exists() and (ROOT / "data" / name / "prepare.py").exists():
-        folder = ROOT / "data" / name
+    """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
+    folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name).expanduser()
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
@@ -991,9 +990,10 @@ def resolve_flags(given):
     """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out)).expanduser()
     given = given | {"out": str(out)}
-    for name in ("data", "later_data"):
-        if given.get(name) and (meta := Path(given[name]).expanduser().absolute() / "meta.json").exists():
-            given[name] = str(meta.parent)  # which --resume finds from anywhere
+    for name in ("data", "later_data"):  # a folder here before a name under data/, and so that --resume finds it again
+        folder = Path(given.get(name) or "").expanduser().absolute()
+        if given.get(name) and any((folder / file).exists() for file in ("meta.json", "prepare.py")):
+            given[name] = str(folder)
     files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
     holds_run = bool(files) or any(out.glob("step-*"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
@@ -1043,17 +1043,22 @@ def checkpoint_to_resume(out, ranks):
     ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
 
 
-def open_run(out, flags, record, checkpoint):
-    """Make the run directory what it was when `record` was saved (in the checkpoint, if there is one), keep the flags
-    in args.json, and open the log for more lines. Raises OSError while another process trains there."""
+def open_log(out):
+    """The log of a run directory, for more lines; as long as it is open no other process can open it so: OSError."""
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", buffering=1)
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or this process has ended
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"another process is training in {out}") from None
     except OSError:  # a file system without locks
         pass
+    return log
+
+
+def restore(out, log, flags, record, checkpoint):
+    """Make the run directory what it was when `record` was saved (in the checkpoint, if there is one), and keep the
+    flags in args.json."""
     for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # power failed between replace_folder's two
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
@@ -1067,7 +1072,6 @@ def open_run(out, flags, record, checkpoint):
     if record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept):
         mark_best(checkpoint)  # in case the power failed before it was marked
     log.truncate(kept[-1][1] if kept else 0)
-    return log
 
 
 def averaging(model):
@@ -1126,6 +1130,7 @@ def main():
     if resuming and not config.resume and ranks.store and not ranks.store.check(["run is ours"]):
         raise FileExistsError(HOLDS_RUN.format(out=config.out))  # what torchrun started again was a refusal
     out, device = Path(config.out), ranks.device
+    log = open_log(out) if resuming and ranks.first and not config.eval_only else None
 
     # Data, model, optimizer
     folder, meta = open_data(config.data, ranks)
@@ -1176,13 +1181,17 @@ def main():
     if config.resume and not checkpoint and not config.keep:
         raise ValueError(f"--resume: the run in {out} keeps no checkpoint to go on from (--keep 0)")
     ddp = averaging(compiled) if ranks.world > 1 else compiled
+    sys.stdout, sys.stderr = (stream and Unheard(stream) for stream in (sys.stdout, sys.stderr))
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
         flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
-        log = open_run(out, flags, record, checkpoint)
+        log = log or open_log(out)
+        if log.tell() and not resuming:  # another process was faster
+            raise FileExistsError(HOLDS_RUN.format(out=out))
         if ranks.store:
             ranks.store.set("run is ours", "")
+        restore(out, log, flags, record, checkpoint)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
@@ -1192,7 +1201,6 @@ def main():
 
     asked_to_stop = []
     on_stop(lambda number, frame: asked_to_stop.append(number))  # finish the step, save, leave with status 0
-    sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)
 
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load

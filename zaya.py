@@ -110,10 +110,13 @@ class ZayaConfig:
     def rotary_dim(self):
         return int(self.head_dim * self.partial_rotary_factor)
 
-    def positions_seen(self, context):
-        """How many positions the query after `context` others attends to, summed over the layers."""
+    def positions_seen(self, context, mean=False):
+        """How many positions a token after `context` others attends to, summed over the layers; mean: of all up to
+        there."""
         sliding = self.layer_types.count("hybrid_sliding")
-        return (self.num_hidden_layers - sliding) * context + sliding * min(context, self.sliding_window or context)
+        window = min(context, self.sliding_window or context)
+        full, part = (context / 2, window - window**2 / (2 * context)) if mean else (context, window)
+        return (self.num_hidden_layers - sliding) * full + sliding * part
 
     @property
     def past_columns(self):  # how many tokens back the two convolutions look
@@ -1908,7 +1911,8 @@ def parse_flags(description, *classes):
 @contextmanager
 def stop_in_one_line():
     """Turn what a user can get wrong into one line on stderr and exit status 2."""
-    sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:
         try:
             yield
@@ -1955,11 +1959,12 @@ def token_costs(config, context):
     return total, active, forward_flops(config, active, context), kv_bytes
 
 
-def forward_flops(config, active, context):
+def forward_flops(config, active, context, mean=False):
     """Operations of a token's forward pass: 2 for each active weight and each of the LM head (an untied one is active
-    already); and in attention, for every key and channel of the queries, 2 for the score and 2 for the values' sum."""
+    already); and in attention, for every key and channel of the queries, 2 for the score and 2 for the values' sum.
+    mean: of all tokens up to `context`."""
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    attention = 4 * config.positions_seen(context) * config.num_attention_heads * config.head_dim
+    attention = 4 * config.positions_seen(context, mean) * config.num_attention_heads * config.head_dim
     return 2 * (active + head) + attention
 
 
@@ -1999,7 +2004,7 @@ def cost_table():
         twins["  conventional twin"] = replace(config, mlp="dense", attention="mha", cca_without=None)
         for label, twin in twins.items():
             total, active, flops, kv_bytes = token_costs(twin, flags.context)
-            training = 3 * forward_flops(twin, active, flags.context / 2)  # a token's past: half a context on average
+            training = 3 * forward_flops(twin, active, flags.context, mean=True)
             dollars = training * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
             print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
     print(

@@ -137,7 +137,8 @@ def step_times(rows, rounds=25):
 
 def finished(out, flags):
     """Whether --out holds that run already."""
-    return (out / "log.jsonl").exists() and train.read_log(out)[-1]["step"] == flags["steps"]
+    log = train.read_log(out)
+    return bool(log) and log[-1]["step"] == flags["steps"]
 
 
 def train_run(out, flags):

@@ -670,6 +670,15 @@ def test_a_closed_terminal_changes_nothing(long_run, call, tmp_path):
     assert_same_run(out, long_run.out)
 
 
+def test_what_nobody_reads_from_the_first_line_on_is_trained(tiny, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags(**tiny, out=tmp_path / "out")],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    run.stdout.close()
+    assert run.wait(timeout=60) == 0 and (tmp_path / "out" / "step-0000006").is_dir()
+
+
 def test_two_processes_do_not_train_in_one_place(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     with open(out / "log.jsonl", "a") as log:
@@ -949,7 +958,7 @@ def test_flops_of_a_token():
     flops = 6 * (753_608_528 + 262_272 * 2048) + attention
     assert train.flops_a_token(config, 753_608_528, 4096) == flops
     sliding = replace(config, layer_types=["hybrid", "hybrid_sliding"] * 20, sliding_window=512)
-    assert train.flops_a_token(sliding, 753_608_528, 4096) == flops - attention * (1 - 512 / 2048) / 2
+    assert train.flops_a_token(sliding, 753_608_528, 4096) == flops - attention * (1 - (512 - 512**2 / 8192) / 2048) / 2
     untied = replace(config, tie_word_embeddings=False)  # there the head is one of the active weights
     assert train.flops_a_token(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
 
