@@ -22,7 +22,8 @@ import torch
 
 from data.tokenizer import load_tokenizer
 from zaya import (
-    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, parse_flags, pyplot, stop_in_one_line, token_costs, watts,
+    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, literal, parse_flags, pyplot, stop_in_one_line, token_costs,
+    watts,
 )  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def draw_experts(pieces, chosen, probability, experts, path):
         grid[chosen[layer, :count], torch.arange(count)] = probability[layer, :count]
         image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=surest)
         axis.set_ylabel(f"layer {layer}\nexpert")
-    labels = [repr(piece)[1:-1].replace("$", r"\$") for piece in pieces[:count]]
+    labels = [literal(repr(piece)[1:-1]) for piece in pieces[:count]]
     axes[-1, 0].set_xticks(range(count), labels, rotation=90, fontsize=7, family="monospace")
     axes[-1, 0].set_xlabel("token")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="the router's probability", shrink=0.8)

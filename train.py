@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, forward_flops, load_safetensors, parse_flags, pyplot, read_json, save_safetensors,
+    find_checkpoint, forward_flops, literal, load_safetensors, parse_flags, pyplot, read_json, save_safetensors,
     stop_in_one_line, watts,
 )  # fmt: skip
 
@@ -783,11 +783,6 @@ def whole_lines(out):
 def read_log(out):
     """The objects of out/log.jsonl."""
     return [entry for entry, _ in whole_lines(out)]
-
-
-def literal(name):
-    """name for a picture, where a dollar would begin a formula, and what is no UTF-8 is an error."""
-    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def plot(out):

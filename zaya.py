@@ -1128,12 +1128,12 @@ def hidden_of_one(model, token, cache):
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
     nothing = torch.zeros_like(s_r)
     scaling = s_r, b_r, nothing, nothing  # the input affine is a merge that `out` has no part in
-    for block, layer_type, past in zip(model.layers, model.config.layer_types, cache.layers):
+    for block, layer_type, layer_cache in zip(model.layers, model.config.layer_types, cache.layers):
         attention, gate = block.self_attn, block.mlp.gate
-        norm, projection = block.input_layernorm, attention.qkv_proj.projection(past)
+        norm, projection = block.input_layernorm, attention.qkv_proj.projection(layer_cache)
         stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
-        q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], past)
-        out = product(attention.weighted_values(q, k, v, past)[0], attention.o_proj.weight)
+        q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], layer_cache)
+        out = product(attention.weighted_values(q, k, v, layer_cache)[0], attention.o_proj.weight)
         scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
         down = gate.down_proj.weight, gate.down_proj.bias
         stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
@@ -1974,6 +1974,11 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def literal(text):
+    """text for a picture, where a dollar would begin a formula, and what is no UTF-8 is an error."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 @dataclass

@@ -66,11 +66,11 @@ def read_documents(root, out, pattern="*", skip=()):
 
     Left out are folders named in skip, what is hidden, empty or not UTF-8 text, and an earlier dataset's files in out.
     """
-    if not Path(root).is_dir():
-        raise ValueError(f"{root} does not exist")
     def fail(error):
         raise error
 
+    if not Path(root).is_dir():
+        raise ValueError(f"{root} does not exist")
     generated, documents = {out.resolve() / name for name in GENERATED}, {}
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]
@@ -143,6 +143,23 @@ def tokenize(documents, tokenizer, dtype, name):
     return np.concatenate([np.array(tokenizer.encode(text) + eot, dtype) for text in bar])
 
 
+@contextmanager
+def token_files(out):
+    """Files to become train.bin and val.bin of a dataset. An error leaves the one that is there as it was."""
+    with write_aside(out / "train.bin") as train, write_aside(out / "val.bin") as val:
+        yield train, val
+        train.flush()  # if the disk is full, here, where an earlier dataset is still untouched
+        val.flush()
+        (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
+
+
+def make_whole(out, tokenizer, meta):
+    """Write what a dataset has beside its tokens, meta.json last."""
+    tokenizer.save(out)
+    with write_aside(out / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode() + b"\n")
+
+
 def write_dataset(args, train, val):
     """Tokenize both lists of documents and write the dataset into args.out. Nothing is written before all is known."""
     if args.out.exists() and not args.out.is_dir():
@@ -158,14 +175,10 @@ def write_dataset(args, train, val):
             "train_documents": len(train), "val_documents": len(val)}
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with write_aside(args.out / "train.bin") as train_file, write_aside(args.out / "val.bin") as val_file:
-        for file, ids in (train_file, tokens["train"]), (val_file, tokens["val"]):
-            file.write(ids)
-            file.flush()  # if the disk is full, here, where an earlier dataset is still untouched
-        (args.out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
-    tokenizer.save(args.out)
-    with write_aside(args.out / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode() + b"\n")
+    with token_files(args.out) as (train_file, val_file):
+        train_file.write(tokens["train"])
+        val_file.write(tokens["val"])
+    make_whole(args.out, tokenizer, meta)
     print(f"{args.out}: {len(tokens['train']):,} training and {len(tokens['val']):,} validation tokens of "
           f"{len(train):,} and {len(val):,} documents; tokenizer {tokenizer.name}, {tokenizer.n_vocab:,} ids, "
           f"{meta['bytes_per_token']:.2f} bytes a token")

@@ -95,9 +95,13 @@ class ForeignTokenizer:
         self.backend.no_truncation()
         config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
         self.name = config.get("name") or folder.resolve().name
-        special = (config.get(name) for name in ("bos_token", "eos_token"))
-        special = (token["content"] if isinstance(token, dict) else token for token in special)
-        self.bos, self.eot = (self.backend.token_to_id(token) if token else None for token in special)
+
+        def id_of(name):
+            token = config.get(name)
+            token = token["content"] if isinstance(token, dict) else token
+            return self.backend.token_to_id(token) if token else None
+
+        self.bos, self.eot = id_of("bos_token"), id_of("eos_token")
         self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text):

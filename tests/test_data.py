@@ -565,6 +565,16 @@ def test_fineweb_goes_on_and_adds(hub, tmp_path, capsys):
     assert {path for path, _ in hub.asked} == {"/main/fineweb_train_000002.bin", "/storage/fineweb_train_000002.bin"}
 
 
+def test_fineweb_that_fails_leaves_the_dataset_that_was_there(hub, tmp_path, monkeypatch, capsys):
+    prepare_fineweb(hub, tmp_path, "--shards", "1")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    of_val = [[np.zeros(3, "<u2")]]
+    monkeypatch.setattr(fineweb, "pieces", lambda *args: of_val.pop())  # and for the training text an IndexError
+    with pytest.raises(IndexError):
+        prepare_fineweb(hub, tmp_path, "--shards", "1")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
 def test_fineweb_of_unknown_length(hub, tmp_path, capsys):
     hub.says_length = False
     with pytest.raises(SystemExit) as end:

@@ -5,7 +5,6 @@ A download that breaks off goes on where it stopped, also when this is started a
 """
 
 import http.client
-import json
 import os
 import sys
 import time
@@ -17,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
-from data.dataset import Parser, in_range, one_line_errors
-from data.tokenizer import load_tokenizer, sha256, write_aside
+from data.dataset import Parser, in_range, make_whole, one_line_errors, token_files
+from data.tokenizer import load_tokenizer, sha256
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
@@ -116,14 +115,13 @@ def pieces(shard, gpt2, tokenizer):
             yield np.array(ids + ([] if tokenizer.eot is None else [tokenizer.eot]), "<u4")
 
 
-def write_tokens(path, shards, gpt2, tokenizer, dtype):
+def write_tokens(file, shards, gpt2, tokenizer, dtype):
     """All shards' tokens in one file -> how many."""
     count = 0
-    with write_aside(path) as file:
-        for shard in shards:
-            for ids in pieces(read_shard(shard), gpt2, tokenizer):
-                ids.astype(dtype).tofile(file)
-                count += len(ids)
+    for shard in shards:
+        for ids in pieces(read_shard(shard), gpt2, tokenizer):
+            file.write(ids.astype(dtype))
+            count += len(ids)
     return count
 
 
@@ -148,18 +146,16 @@ def main(argv=None):
             if not path.exists():
                 download(f"{args.url}/{path.name}", path)
             read_shard(path)  # complains at once, not after the last download
-        (args.out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
         little = np.dtype(dtype).newbyteorder("<")
-        val_tokens = write_tokens(args.out / "val.bin", shards[:1], gpt2, tokenizer, little)
-        train_tokens = write_tokens(args.out / "train.bin", shards[1:], gpt2, tokenizer, little)
+        with token_files(args.out) as (train_file, val_file):
+            val_tokens = write_tokens(val_file, shards[:1], gpt2, tokenizer, little)
+            train_tokens = write_tokens(train_file, shards[1:], gpt2, tokenizer, little)
         lengths = np.array([0 if i == gpt2.eot else len(gpt2.decode_bytes([i])) for i in range(gpt2.n_vocab)])
         val = read_shard(shards[0])
         val_bytes = sum(int(lengths[val[start : start + PIECE]].sum()) for start in range(0, len(val), PIECE))
         meta = {"dtype": dtype, "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer.name,
                 "bytes_per_token": val_bytes / val_tokens, "train_tokens": train_tokens, "val_tokens": val_tokens}
-        tokenizer.save(args.out)
-        with write_aside(args.out / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode() + b"\n")
+        make_whole(args.out, tokenizer, meta)
     print(f"{args.out}: {train_tokens:,} training and {val_tokens:,} validation tokens; tokenizer {tokenizer.name}, "
           f"{meta['bytes_per_token']:.2f} bytes a token. {args.out / 'shards'} may be deleted; with it more shards can "
           "be added later without loading these again.")
