@@ -42,7 +42,9 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
 #   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
-# sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth.
+# sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth. The
+#   experts' tiles are as large as 255 registers a thread allow: one of 128 x 256 reads a quarter less of x and weight
+#   than two of 128 x 128.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; in bf16 none spills.
 ARCHITECTURES = "gfx942", "sm_90", "other"
@@ -54,16 +56,19 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
-    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 128, 64, 8, 4), (64, 64, 32, 4, 2)),
-    "swiglu_backward": ("BM BN BK", (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "swiglu_backward": ("BT BF", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
+    "merge_backward": ("AHEAD", (1, 8, 1), (3, 8, 1), (1, 4, 1)),
     "row": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
     "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
-PROGRAMS = 1216  # of a kernel that loops over its work: 4 for each of an MI300X's 304 CUs, 9 for each of an H200's SMs
+# How many programs share the work of a kernel that loops over it, one for each architecture: 4 for each of an MI300X's
+# 304 CUs; 2 for each of an H200's 132 SMs, for more of these kernels than one or two do not fit there at a time.
+PROGRAMS = 1216, 264, 1216
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,12 +83,16 @@ def architecture():
     return "sm_%d%d" % torch.cuda.get_device_capability()
 
 
+def for_this_gpu(columns):
+    """The one of several values, one for each of ARCHITECTURES, that is meant for the GPU at hand."""
+    return dict(zip(ARCHITECTURES, columns)).get(architecture(), columns[-1])  # the last is "other"
+
+
 @lru_cache
 def config(kernel):
     """The constants and launch options of a kernel on the GPU at hand."""
     names, *columns = TABLE[kernel]
-    values = dict(zip(ARCHITECTURES, columns)).get(architecture(), columns[-1])  # the last is "other"
-    return dict(zip([*names.split(), "num_warps", "num_stages"], values))
+    return dict(zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,7 +801,8 @@ combine.register_autograd(combine_gradient, setup_context=save_inputs)
 #         write acc
 #
 # Forward, the gate's and the up's columns are made in one program, which can then apply SwiGLU before it writes.
-# Backward, the product with `down` does the same in reverse; a matrix's gradient is a product over its expert's rows.
+# Backward, SwiGLU is a pass of its own: after the product with `down` it would need so many registers that only small
+# tiles were left for the product. A matrix's gradient is a product over its expert's rows.
 
 
 @triton.jit
@@ -806,7 +816,7 @@ def tiles_by_expert(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr
 
 @triton.jit
 def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, GROUP: tl.constexpr):
-    """A tile's expert, its rows (BM), where that expert's rows end, and the number of its column tile.
+    """A tile's expert, its first row, how many rows that expert has from there on, and the number of its column tile.
 
     Tiles are numbered down GROUP row tiles of one column, then of the next, and only then come the next GROUP: programs
     that run at one time share weights and rows.
@@ -819,18 +829,18 @@ def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, GROUP: tl.cons
     expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
     mine = tl.arange(0, tiles.shape[0]) == expert
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
-    end = tl.sum(tl.where(mine, end, 0), axis=0)
-    return expert.to(tl.int64), row.to(tl.int64) + tl.arange(0, BM), end, column_tile
+    rows = tl.sum(tl.where(mine, end, 0), axis=0) - row
+    return expert.to(tl.int64), row.to(tl.int64), rows, column_tile
 
 
 @triton.jit
-def tile_product(x, m, end, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
+def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr):  # fmt: skip
-    """Rows m (BM) of x, those before `end`, times rows `column` (BN) of w (M, K), by its strides -> (BM, BN) fp32."""
+    """Rows m (BM, 1) of x (rows, K) times rows `column` (BN) of w (M, K), by its strides -> (BM, BN) fp32."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        a = load_matrix(x, m[:, None], end, k[None, :], K)
+        a = load_matrix(x, m, rows, k[None, :], K)
         at = w + column[None, :] * stride_m + k[:, None] * stride_k
         acc = dot(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
     return acc
@@ -839,55 +849,56 @@ def tile_product(x, m, end, w, column, inside, K, stride_m, stride_k, BM: tl.con
 @triton.jit
 def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr,
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """act = silu(gate) * up with [gate | up] = x @ weight[expert].T, which is written to `hidden` if KEEP.
+    """act = silu(gate) * up with [gate | up] = x @ weight[expert].T; both are written to `hidden` (N, F, 2) if KEEP.
 
     Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, by a single product: its column
     2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
-    columns, c = tl.cdiv(F, UNITS), tl.arange(0, BN)
+    columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM)[:, None], tl.arange(0, BN)
     starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, m, end, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
         unit = column_tile * UNITS + c // 2
         w = weight + expert * 2 * F * D
-        acc = tile_product(x, m, end, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
+        acc = tile_product(x + row * D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
         gate, up = tl.split(tl.reshape(acc, (BM, UNITS, 2)))
-        u = column_tile * UNITS + tl.arange(0, UNITS)
+        u = (column_tile * UNITS + tl.arange(0, UNITS))[None, :]
+        store_matrix(act + row * F, m, rows, u, F, gate * tl.sigmoid(gate) * up)
         if KEEP:
-            inside, at = (m < end)[:, None] & (u < F)[None, :], hidden + m[:, None] * 2 * F + u[None, :]
-            tl.store(at, gate.to(hidden.dtype.element_ty), mask=inside)
-            tl.store(at + F, up.to(hidden.dtype.element_ty), mask=inside)
-        store_matrix(act, m[:, None], end, u[None, :], F, gate * tl.sigmoid(gate) * up)
+            store_matrix(hidden + row * 2 * F, m, rows, (column_tile * BN + c)[None, :], 2 * F, acc)
 
 
 @triton.jit
-def grouped_kernel(x, weight, offsets, out, hidden, act, K, M, stride_e, stride_m, stride_k, E: tl.constexpr,
-                   EP: tl.constexpr, SWIGLU_BACKWARD: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def swiglu_backward_kernel(grad, hidden, act, grad_hidden, N, F, BT: tl.constexpr, BF: tl.constexpr):
+    """Grid (N / BT, F / BF): from the gradient of act (N, F) to that of [gate | up] (N, 2F); act is computed again."""
+    n, f0 = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None], tl.program_id(1) * BF
+    f, pair = (f0 + tl.arange(0, BF))[None, :], (2 * f0 + tl.arange(0, 2 * BF))[None, :]
+    gate, up = tl.split(tl.reshape(load_matrix(hidden, n, N, pair, 2 * F), (BT, BF, 2)))
+    gate, up, g = gate.to(tl.float32), up.to(tl.float32), load_matrix(grad, n, N, f, F).to(tl.float32)
+    share = tl.sigmoid(gate)
+    store_matrix(act, n, N, f, F, gate * share * up)
+    grad_gate = g * up * share * (1 + gate * (1 - share))
+    inside, at = (n < N) & (f < F), n * 2 * F + f
+    tl.store(grad_hidden + at, grad_gate.to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(grad_hidden + at + F, (g * gate * share).to(grad_hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, E: tl.constexpr, EP: tl.constexpr,
+                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out (N, M) = x (N, K) @ weight[expert].T, weight (E, M, K) by its strides.
 
-    SWIGLU_BACKWARD: that product is the gradient of act (N, M); with `hidden` = [gate | up] (N, 2M) act itself is
-    computed again and written, and out (N, 2M) is the gradient of hidden.
     Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
-    columns = tl.cdiv(M, BN)
+    columns, m = tl.cdiv(M, BN), tl.arange(0, BM)[:, None]
     starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, m, end, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
         c = column_tile * BN + tl.arange(0, BN)
-        acc = tile_product(x, m, end, weight + expert * stride_e, c, c < M, K, stride_m, stride_k, BM, BN, BK)
-        if SWIGLU_BACKWARD:
-            inside, at = (m < end)[:, None] & (c < M)[None, :], m[:, None] * 2 * M + c[None, :]
-            gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(hidden + at + M, mask=inside, other=0.0).to(tl.float32)
-            share = tl.sigmoid(gate)
-            store_matrix(act, m[:, None], end, c[None, :], M, gate * share * up)
-            tl.store(out + at + M, (acc * gate * share).to(out.dtype.element_ty), mask=inside)
-            acc *= up * share * (1 + gate * (1 - share))
-            tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
-        else:
-            store_matrix(out, m[:, None], end, c[None, :], M, acc)
+        w = weight + expert * stride_e
+        acc = tile_product(x + row * K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
+        store_matrix(out + row * M, m, rows, c[None, :], M, acc)
 
 
 @triton.jit
@@ -912,7 +923,7 @@ def tiles_of(kernel, N, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
     c = config(kernel)
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
-    return (min(PROGRAMS, most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
+    return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
 
 
 def grouped_product(x, weight, offsets):
@@ -920,10 +931,7 @@ def grouped_product(x, weight, offsets):
     (E, M, K), N = weight.shape, len(x)
     out = x.new_empty(N, M)
     grid, shape = tiles_of("grouped", N, M, E)
-    launch(
-        grouped_kernel, grid, x, weight, offsets, out, None, None, K, M, *weight.stride(), SWIGLU_BACKWARD=False,
-        **shape,
-    )  # fmt: skip
+    launch(grouped_kernel, grid, x, weight, offsets, out, K, M, *weight.stride(), **shape)
     return out
 
 
@@ -937,9 +945,9 @@ def grouped_weight_product(grad, x, offsets):
 
 @operator
 def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """As zaya.experts; and, to keep for the backward pass, [gate | up] (N, 2F)."""
-    (N, D), (E, _, F) = x.shape, down.shape
-    act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, 2 * F)
+    """As zaya.experts; and, to keep for the backward pass, each unit's gate and up (N, F, 2)."""
+    N, (E, _, F), D = len(x), down.shape, x.shape[1]
+    act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, F, 2)
     grid, shape = tiles_of("swiglu", N, 2 * F, E)
     launch(swiglu_kernel, grid, x, gate_up, offsets, hidden, act, D, F, KEEP=keep, **shape)
     return grouped_product(act, down, offsets), hidden
@@ -949,13 +957,10 @@ def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, k
 def experts_backward(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (N, D), (E, _, F) = x.shape, down.shape
-    grad_hidden, act, by_unit = torch.empty_like(hidden), x.new_empty(N, F), down.mT
-    grid, shape = tiles_of("swiglu_backward", N, F, E)
-    launch(
-        grouped_kernel, grid, grad, by_unit, offsets, grad_hidden, hidden, act, D, F, *by_unit.stride(),
-        SWIGLU_BACKWARD=True, **shape,
-    )  # fmt: skip
+    (N, F, _), c = hidden.shape, config("swiglu_backward")
+    grad_act, act, grad_hidden = grouped_product(grad, down.mT, offsets), x.new_empty(N, F), x.new_empty(N, 2 * F)
+    grid = (cdiv(N, c["BT"]), cdiv(F, c["BF"]))
+    launch(swiglu_backward_kernel, grid, grad_act, hidden, act, grad_hidden, N, F, **c)
     grad_gate_up, grad_down = (grouped_weight_product(g, a, offsets) for g, a in ((grad_hidden, x), (grad, act)))
     return grouped_product(grad_hidden, gate_up.mT, offsets), grad_gate_up, grad_down
 
@@ -983,7 +988,8 @@ def experts(x, gate_up, down, offsets):
 #     normed = new / sqrt(mean(new^2) + eps) * weight
 #
 # Forward, a program owns a token. Backward it owns every PROGRAMS-th token, so that the sums for the five vectors stay
-# in its registers until the end; `new` is computed again.
+# in its registers until the end; `new` is computed again. Where the registers leave room for one program at a time, it
+# asks for the next tokens' rows ahead (AHEAD stages), lest memory wait for it.
 
 
 @triton.jit
@@ -1006,7 +1012,7 @@ def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D
 
 @triton.jit
 def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight, grad_stream, grad_out,
-                          partial, N, D, eps, BD: tl.constexpr):  # fmt: skip
+                          partial, N, D, eps, BD: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """Grid (PROGRAMS or fewer). partial (programs, 4, D): sums of the gradient of new, of it times stream + b_r, of it
     times out + b_o, and of the gradient of normed times new / its root mean square."""
     d = tl.arange(0, BD)
@@ -1015,7 +1021,8 @@ def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o
     so, bo = load_vector(s_o, d, D), load_vector(b_o, d, D)
     sum_g, sum_gx = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     sum_go, sum_gn = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
-    for n in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):  # 64 bits: n * D may be large
+    first = tl.program_id(0).to(tl.int64)  # 64 bits: n * D may be large
+    for n in tl.range(first, N, tl.num_programs(0), num_stages=AHEAD):
         x, o = load_vector(stream + n * D, d, D) + br, load_vector(out + n * D, d, D) + bo
         new = x * sr + o * so
         inverse = tl.rsqrt(tl.sum(new * new, axis=0) / D + eps)
@@ -1055,10 +1062,11 @@ def merge_backward(
     """Gradients of stream and out, and the four sums (4, D) of the kernel."""
     D, grad_stream, grad_out = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
     N = stream.numel() // D
-    partial = stream.new_empty(min(N, PROGRAMS), 4, D)
+    partial, c = stream.new_empty(min(N, for_this_gpu(PROGRAMS)), 4, D), config("merge_backward")
+    c = c | ({"AHEAD": 1} if D > 4096 else {})  # or shared memory would not hold the rows
     launch(
         merge_backward_kernel, (len(partial),), grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
-        grad_stream, grad_out, partial, N, D, eps, BD=block(D), **config("merge"),
+        grad_stream, grad_out, partial, N, D, eps, BD=block(D), **c,
     )  # fmt: skip
     return grad_stream, grad_out, partial.sum(dim=0)
 

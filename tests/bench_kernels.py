@@ -310,7 +310,7 @@ def compile_for(architecture, dtype, head_dim):
     )
 
     def compile_and_print(kernel, grid, *args, **constants):
-        variants = {"SWIGLU_BACKWARD": " (SwiGLU)", "ALONE": " (few)", "SWIGLU": " (SwiGLU)", "MERGE": " (merge)"}
+        variants = {"ALONE": " (few)", "SWIGLU": " (SwiGLU)", "MERGE": " (merge)"}
         label = kernel.__name__ + "".join(text for name, text in variants.items() if constants.get(name))
         if label not in seen:
             seen.add(label)

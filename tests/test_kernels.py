@@ -48,7 +48,7 @@ COMBINATIONS = [(shape, name) for shape in SHAPES for name in FUNCTIONS]
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """So few that one has several tiles, or tokens, to loop over, as on a GPU at shapes that are no test's."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "PROGRAMS", (3,))
 
 
 @pytest.fixture(autouse=True)
