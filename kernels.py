@@ -49,7 +49,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # `python kernels.py --compile_for` prints what each needs; in bf16 none spills.
 ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
-    "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 2), (32, 32, 4, 1)),
+    "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 4), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
     "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
@@ -199,19 +199,19 @@ def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.
              BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """One head's sum over taps of rows[t - P + tap] @ filters[tap] -> (BT, BH) fp32, P = TAPS - 1.
     BACKWARD: what leads gradients back, the sum of rows[t + P - tap] @ filters[tap].T."""
+    STEPS: tl.constexpr = (h + BK - 1) // BK
     out = tl.arange(0, BH)
     acc = tl.zeros((BT, BH), tl.float32)
-    for tap in range(TAPS):
+    for step in range(TAPS * STEPS):  # one loop, so that loads run ahead across taps
+        tap, k = step // STEPS, step % STEPS * BK + tl.arange(0, BK)
         row = t + (TAPS - 1 - tap) if BACKWARD else t - (TAPS - 1) + tap
-        for k0 in range(0, h, BK):
-            k = k0 + tl.arange(0, BK)
-            x = load_rows(rows, stride, b, row, T, head * h + k, (head + 1) * h)
-            if not BACKWARD:  # before the first token: what the cache remembers, or zeros
-                row_of_past = row + (TAPS - 1)
-                x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
-                             mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
-            in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
-            acc = dot(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
+        x = load_rows(rows, stride, b, row, T, head * h + k, (head + 1) * h)
+        if not BACKWARD:  # before the first token: what the cache remembers, or zeros
+            row_of_past = row + (TAPS - 1)
+            x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
+                         mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
+        in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
+        acc = dot(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
     return acc
 
 
@@ -225,8 +225,9 @@ def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.con
     is_key = head >= Hq
     partner = tl.where(is_key, (head - Hq) * GROUP, Hq + head // GROUP)
     acc = tl.zeros((t.shape[0], BH), tl.float32)
-    for i in range(tl.where(is_key, GROUP, 1)):
-        acc += load_rows(rows, stride, b, t, T, (partner + i) * h + c, (partner + i + 1) * h).to(tl.float32)
+    for i in tl.static_range(GROUP):  # unrolled, so that none waits for another; a query has only one
+        end = tl.where(is_key | (i == 0), (partner + i + 1) * h, 0)
+        acc += load_rows(rows, stride, b, t, T, (partner + i) * h + c, end).to(tl.float32)
     acc *= tl.where(is_key != BACKWARD, 1.0 / GROUP, 1.0)
     return 0.5 * (acc + load_rows(rows, stride, b, t, T, head * h + c, (head + 1) * h).to(tl.float32))
 
@@ -361,20 +362,27 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
 
     partial (parts, TAPS, H, h, h) fp32.
     """
-    part, tap, head = tl.program_id(0).to(tl.int64), tl.program_id(1) // H, tl.program_id(1) % H
+    part, tap, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     in_, out = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BH)
     acc = tl.zeros((BK, BH), tl.float32)
     for first in range(part * tokens, tl.minimum((part + 1) * tokens, N), BT):
         n = first + tl.arange(0, BT)
-        b, row = n // T, n % T - (TAPS - 1) + tap
+        ago = TAPS - 1 - tap
         column, inside = (head * h + in_)[None, :], (n < N)[:, None] & (in_ < h)[None, :]
-        x = tl.load(qkv + (b * T + row)[:, None] * stride + column, mask=inside & (row >= 0)[:, None], other=0.0)
-        x += tl.load(past + (b * (TAPS - 1) + row + TAPS - 1)[:, None] * (H * h) + column,
-                     mask=inside & (row < 0)[:, None], other=0.0)  # fmt: skip
-        g = load_matrix(grad, n[:, None], N, (head * h + out)[None, :], H * h)
+        early = (n % T < ago)[:, None]  # what comes `ago` tokens before is of the past
+        x = tl.load(qkv + (n - ago).to(tl.int64)[:, None] * stride + column, mask=inside & (early == 0), other=0.0)
+        x += tl.load(past + (n // T * (TAPS - 1) + n % T + tap)[:, None] * (H * h) + column,
+                     mask=inside & early, other=0.0)  # fmt: skip
+        g = load_matrix(grad, n.to(tl.int64)[:, None], N, (head * h + out)[None, :], H * h)
         acc = dot(tl.trans(x), g, acc)
-    own = partial + ((part * TAPS + tap) * H + head) * h * h
+    own = partial + ((part.to(tl.int64) * TAPS + tap) * H + head) * h * h
     store_matrix(own, in_[:, None], h, out[None, :], h, acc)
+
+
+def config_for_heads(kernel, h, x):
+    """config, with fewer stages where heads of h numbers are so wide that shared memory (LDS) would not hold them."""
+    c, most = config(kernel), {"cca": 2, "cca_filters": 1}[kernel]
+    return c | {"num_stages": min(c["num_stages"], most)} if h * x.element_size() > 512 else c
 
 
 @operator
@@ -384,7 +392,7 @@ def cca_forward(
     """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
-    c = config("cca")
+    c = config_for_heads("cca", h, qkv)
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
         T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BH=block(h), **c,
@@ -399,7 +407,7 @@ def cca_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
-    c = config("cca")
+    c = config_for_heads("cca", h, qkv)
     blocks = cdiv(T, c["BT"])
     shape = dict(h=h, TAPS=TAPS, BH=block(h))
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
@@ -412,7 +420,7 @@ def cca_backward(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
         **shape, **c,
     )  # fmt: skip
-    c = config("cca_filters") | ({"num_stages": 1} if h * qkv.element_size() > 512 else {})  # LDS: two need over 64 KB
+    c = config_for_heads("cca_filters", h, qkv)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
@@ -1168,8 +1176,8 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
-        # First ask for what need not wait for the position: the angles, and the heads of the q-k mean. (Which are
-        # those of mean_with_partners; there one is read after the other.)
+        # First ask for what need not wait for the position: the angles, and the heads of the q-k mean (those of
+        # mean_with_partners)
         GROUP: tl.constexpr = Hq // Hk
         own, bias = tl.load(qkv + head * h + c, mask=c < h, other=0.0), load_vector(W_bias + head * h, c, h)
         first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)
