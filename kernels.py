@@ -450,7 +450,7 @@ def one_convolution(depthwise, grouped):
     last = w.shape[-1] - 1
     padded = torch.nn.functional.pad(W, (0, 0) * 3 + (last, last))  # the first filter slides over the second
     filters = sum(w[..., a] * padded[last - a : last - a + taps + last] for a in range(last + 1))
-    bias = (w_bias.float().view(1, C // h, 1, h) @ W).sum(dim=0).flatten() + W_bias
+    bias = (w_bias.float().view(C // h, h, 1) * W).sum(dim=(0, 2)).flatten() + W_bias
     return filters, bias
 
 
