@@ -51,8 +51,8 @@ ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 4), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
-    "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
-    "router_backward": ("BT BN", (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)),
+    "router_backward": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (16, 32, 8, 1)),
     "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
@@ -472,8 +472,9 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 #     for BE classes: running max of the logits gelu(second + b2) @ W3[classes].T, and sum of exp(logit - max)
 #     for BE classes: the class with the largest probability + bias, and its probability
 #
-# Backward goes the same way in reverse, and writes what the gradients of the three matrices are made of, (N, R) each
-# and (N, classes): they are sums over all tokens, products that torch does well.
+# Backward goes the same way in reverse, from what both layers put out before their GELU, which forward has kept. It
+# writes what the gradients of the three matrices are made of, (N, R) each and (N, classes): they are sums over all
+# tokens, products that torch does well.
 
 
 @triton.jit
@@ -487,16 +488,19 @@ def gelu_slope(x):
 
 
 @triton.jit
-def think(a, W1, b1, W2, b2, R: tl.constexpr, BN: tl.constexpr):
-    """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32."""
+def think(a, W1, b1, W2, b2, first, n, N, R: tl.constexpr, BN: tl.constexpr):
+    """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32. The first's is written to
+    rows n of `first` (N, R), unless that is None."""
     c = tl.arange(0, a.shape[1])
     acc = tl.zeros(a.shape, tl.float32)
-    for n0 in range(0, R, BN):
-        n = n0 + tl.arange(0, BN)
-        w1 = load_matrix(W1, n[None, :], R, c[:, None], R)
-        first = dot(a, w1) + load_vector(b1, n, R)[None, :]
-        w2 = load_matrix(W2, c[None, :], R, n[:, None], R)
-        acc = dot(gelu(first).to(a.dtype), w2, acc)
+    for u0 in range(0, R, BN):
+        u = u0 + tl.arange(0, BN)
+        w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
+        hidden = dot(a, w1) + load_vector(b1, u, R)[None, :]
+        if first is not None:
+            store_matrix(first, n[:, None], N, u[None, :], R, hidden)
+        w2 = load_matrix(W2, c[None, :], R, u[:, None], R)
+        acc = dot(gelu(hidden).to(a.dtype), w2, acc)
     return acc + load_vector(b2, c, R)[None, :]
 
 
@@ -523,9 +527,13 @@ def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.cons
 
 @triton.jit
 def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
-                          state, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr, ALONE: tl.constexpr,
-                          BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT). DEEP: not the first layer. ALONE: a single program; else counts (CLASSES) int32 start at 0."""
+                          state, first, second, all_p, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr,
+                          ALONE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+                          BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT). DEEP: not the first layer. ALONE: a single program; else counts (CLASSES) int32 start at 0.
+
+    For the backward pass, or None: first and second (N, R), the layers' outputs before their GELU; all_p (N, CLASSES).
+    """
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -533,13 +541,18 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
-    thought = gelu(think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, R, BN)).to(W1.dtype.element_ty)
+    thought = think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
+    if second is not None:
+        store_matrix(second, n[:, None], N, c[None, :], R, thought)
+    thought = gelu(thought).to(W1.dtype.element_ty)
     largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
     best = tl.full((BT,), float("-inf"), tl.float32)
     chosen, p_chosen = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
+        if all_p is not None:
+            store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
         score = tl.where((e < CLASSES)[None, :], p + tl.load(balancing + e, mask=e < CLASSES)[None, :], float("-inf"))
         top, where = tl.max(score, axis=1, return_indices=True)
         p_top = tl.sum(tl.where(e[None, :] == e0 + where[:, None], p, 0.0), axis=1)
@@ -557,39 +570,31 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
 
 
 @triton.jit
-def router_backward_kernel(grad_p, grad_state, probability, state, previous, gamma, norm, eps, W1, b1, W2, b2, W3,
-                           choice, normed, hidden, thought_, grad_first, grad_second, grad_logits, grad_r, partial, N,
-                           R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
+def router_backward_kernel(grad_p, grad_state, probability, state, first, second, all_p, previous, gamma, norm, eps,
+                           W1, W2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r,
+                           partial, N, R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
                            BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
-    factors of the matrices' gradients: normed, hidden, thought_ (what entered the three layers), grad_first,
+    factors of the matrices' gradients: normed, hidden, thought (what entered the three layers), grad_first,
     grad_second, grad_logits (zeros up to its WIDTH). partial (N / BT, 4, R): sums for norm, gamma if DEEP, b1, b2."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     dtype: tl.constexpr = W1.dtype.element_ty
     at, inside = n[:, None] * R + c[None, :], (n < N)[:, None] & (c < R)[None, :]
     own = partial + tl.program_id(0).to(tl.int64) * 4 * R
-    # Forward again
-    x = tl.load(state + at, mask=inside, other=0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    weight = load_vector(norm, c, R)
-    a = (x * inverse[:, None] * weight[None, :]).to(dtype)
-    tl.store(normed + at, a, mask=inside)
-    second = think(a, W1, b1, W2, b2, R, BN)
-    thought = gelu(second).to(dtype)
-    tl.store(thought_ + at, thought, mask=inside)
-    largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
     # Third layer: d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
     chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
     dp = load_vector(grad_p, n, N) * load_vector(probability, n, N)
     g = tl.zeros((BT, BR), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
+        p = load_matrix(all_p, n[:, None], N, e[None, :], CLASSES)
         dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
         store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
         g = dot(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
     # Second layer
-    g = g * gelu_slope(second)
+    raw = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(thought + at, gelu(raw).to(dtype), mask=inside)
+    g = g * gelu_slope(raw)
     tl.store(own + 3 * R + c, tl.sum(g, axis=0), mask=c < R)
     g = g.to(dtype)
     tl.store(grad_second + at, g, mask=inside)
@@ -597,17 +602,18 @@ def router_backward_kernel(grad_p, grad_state, probability, state, previous, gam
     da = tl.zeros((BT, BR), tl.float32)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
-        w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
-        first = dot(a, w1) + load_vector(b1, u, R)[None, :]
+        raw_units = load_matrix(first, n[:, None], N, u[None, :], R).to(tl.float32)
         w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
-        du = dot(g, w2) * gelu_slope(first)
+        du = dot(g, w2) * gelu_slope(raw_units)
         tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
-        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(first))
+        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(raw_units))
         store_matrix(grad_first, n[:, None], N, u[None, :], R, du)
         da = dot(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
-    # Norm, depth averaging (the state is read again: held through all of the above, it would cost registers)
-    x = tl.load(state + at, mask=inside, other=0.0)
+    # Norm, depth averaging
+    x, weight = tl.load(state + at, mask=inside, other=0.0), load_vector(norm, c, R)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     direction = x * inverse[:, None]
+    tl.store(normed + at, (direction * weight[None, :]).to(dtype), mask=inside)
     tl.store(own + c, tl.sum(da * direction, axis=0), mask=c < R)
     da *= weight[None, :]
     dx = (da - direction * (tl.sum(da * direction, axis=1) / R)[:, None]) * inverse[:, None]
@@ -625,25 +631,27 @@ def router_shape(kernel, r, W3):
 @operator
 def router_forward(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
-    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As zaya.route."""
+    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.route; and, to keep for the backward pass, both layers' outputs before their GELU (2, N, R), and all
+    probabilities (N, classes)."""
     few = len(r) <= config("router_of_few")["BT"] and W1[0].nbytes <= 512  # for its stages of W1 and W2 to fit
     N, grid, shape = router_shape("router_of_few" if few else "router", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)
     counts = (r.new_empty if alone else r.new_zeros)(len(W3), dtype=torch.int32)
+    kept, all_p = W1.new_empty(2 if keep else 0, N, shape["R"]), state.new_empty(N if keep else 0, len(W3))
     launch(
         router_forward_kernel, grid, r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
-        counts, state, N, DEEP=previous is not None, ALONE=alone, **shape,
+        counts, state, *((*kept, all_p) if keep else [None] * 3), N, DEEP=previous is not None, ALONE=alone, **shape,
     )  # fmt: skip
-    return probability, choice, counts, state
+    return probability, choice, counts, state, kept, all_p
 
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, previous: Tensor | None,
-    gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, W3: Tensor,
+    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, kept: Tensor, all_p: Tensor,
+    previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor,
     choice: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
@@ -653,38 +661,38 @@ def router_backward(
     grad_logits, grad_r = W1.new_empty(N, width), torch.empty_like(state)
     partial = state.new_empty(grid[0], 4, R)
     launch(
-        router_backward_kernel, grid, grad_p, grad_state, probability, state, previous, gamma, norm, eps, W1, b1, W2,
-        b2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N, WIDTH=width,
-        DEEP=previous is not None, **shape,
+        router_backward_kernel, grid, grad_p, grad_state, probability, state, *kept, all_p, previous, gamma, norm, eps,
+        W1, W2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N,
+        WIDTH=width, DEEP=previous is not None, **shape,
     )  # fmt: skip
     d_W3 = (grad_logits.t() @ thought)[: len(W3)]
     return grad_r, grad_first.t() @ normed, grad_second.t() @ hidden, d_W3, partial.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
-    r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, _ = inputs
-    probability, choice, counts, state = output
-    ctx.save_for_backward(probability, state, previous, gamma, norm, W1, b1, W2, b2, W3, choice)
+    r, previous, gamma, norm, eps, W1, _, W2, _, W3, *_ = inputs
+    probability, choice, counts, *kept = output
+    ctx.save_for_backward(probability, *kept, previous, gamma, norm, W1, W2, W3, choice)
     ctx.eps, ctx.dtype = eps, r.dtype
-    ctx.mark_non_differentiable(choice, counts)
+    ctx.mark_non_differentiable(choice, counts, *kept[1:])
 
 
-def router_gradient(ctx, grad_p, _choice, _counts, grad_state):
-    *first, previous, gamma, norm, W1, b1, W2, b2, W3, choice = ctx.saved_tensors
+def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
+    *first, previous, gamma, norm, W1, W2, W3, choice = ctx.saved_tensors
     grads = grad_p.contiguous(), grad_state.contiguous()
-    layers = norm, ctx.eps, W1, b1, W2, b2, W3, choice
+    layers = norm, ctx.eps, W1, W2, W3, choice
     grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, *first, previous, gamma, *layers)
     d_norm, d_gamma, d_b1, d_b2 = sums
     d_previous, d_gamma = (None, None) if previous is None else (grad_r * gamma, d_gamma)
     d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
-    return grad_r.to(ctx.dtype), d_previous, d_gamma, d_norm, None, *d_layers, None
+    return grad_r.to(ctx.dtype), d_previous, d_gamma, d_norm, None, *d_layers, None, None
 
 
 router_forward.register_autograd(router_gradient, setup_context=save_for_router)
 
 
 def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
-    return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing)
+    return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing, torch.is_grad_enabled())[:4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
