@@ -126,6 +126,23 @@ def operator(function):
     return op
 
 
+@lru_cache
+def early_start():
+    """For the kernels of decoding, which are so short that starting them counts: NVIDIA's GPUs from sm_90 on can start
+    one before the one before it has ended (programmatic dependent launch)."""
+    early = architecture().startswith("sm_") and int(architecture()[3:]) >= 90
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@triton.jit
+def wait_for_the_kernel_before(EARLY: tl.constexpr):
+    """Every program of a kernel with early_start() calls this before it reads what another kernel has written, and
+    before it writes: until then it may read weights alone. Afterwards the next kernel may start."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -528,13 +545,14 @@ def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.cons
 @triton.jit
 def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
                           state, first, second, all_p, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr,
-                          ALONE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-                          BE: tl.constexpr):  # fmt: skip
+                          ALONE: tl.constexpr, EARLY: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                          BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (N / BT). DEEP: not the first layer. ALONE: a single program; else counts (CLASSES) int32 start at 0.
 
     For the backward pass, or None: first and second (N, R), the layers' outputs before their GELU; all_p (N, CLASSES).
     """
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    wait_for_the_kernel_before(EARLY)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
         x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
@@ -644,6 +662,7 @@ def router_forward(
     launch(
         router_forward_kernel, grid, r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
         counts, state, *((*kept, all_p) if keep else [None] * 3), N, DEEP=previous is not None, ALONE=alone, **shape,
+        **(early_start() if few else {"EARLY": False}),
     )  # fmt: skip
     return probability, choice, counts, state, kept, all_p
 
@@ -1109,12 +1128,13 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 # and CCA takes the token into the cache. A token reads its own expert's rows and no other's: a program owns BF units
 # and streams their rows through. Attention is split along time, SPLITS programs a key head, each with its own running
 # softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the
-# same, so it can be captured, and the work is what the context needs.
+# same, so it can be captured, and the work is what the context needs. Where a kernel can start early, it asks for its
+# weights while the one before still works.
 
 
 @triton.jit
 def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
-               BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+               EARLY: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
     the stream that x joins, normed; the first program of a row also writes new and normed, as merge does."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
@@ -1122,6 +1142,7 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
         y = load_vector(bias, m, M)
+    wait_for_the_kernel_before(EARLY)
     if MERGE:
         merged_stream, row = merged(stream + n * K, x + n * K, s_r, b_r, s_o, b_o, norm, k, K, eps)
         if tl.program_id(0) == 0:
@@ -1141,7 +1162,7 @@ def row_product(x, weight, bias, merging):
     BF = max(1, min(next_power_of_2(M // 128 + 1) // 2, 16384 // BK))
     launch(
         row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
-        BF=BF, BK=BK, **config("row"),
+        BF=BF, BK=BK, **early_start(), **config("row"),
     )  # fmt: skip
     return out
 
@@ -1166,12 +1187,17 @@ def merged_product(
 @triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
-                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,
+                    BK: tl.constexpr):  # fmt: skip
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
     head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
     P: tl.constexpr = TAPS0 + TAPS1 - 2
     WIDTH: tl.constexpr = (H + Hk) * h
+    # Of W (H, h, h, TAPS1) a head's rows, of h * TAPS1 numbers each, a step ahead of their use
+    W += head * h * h * TAPS1
+    matrix = load_matrix(W, c[:, None], tl.where(head < H, h, 0), tl.arange(0, BK)[None, :], h * TAPS1)
+    wait_for_the_kernel_before(EARLY)
     position = tl.load(end).to(tl.int64) - 1
     qkv, recent = qkv + b * WIDTH, recent + b * SIZE * WIDTH
     if head == H:
@@ -1197,7 +1223,6 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         acc = tl.zeros((BH,), tl.float32)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
-            matrix = load_matrix(W + head * h * h * TAPS1, c[:, None], h, j[None, :], h * TAPS1)
             k, tap, inside = j // TAPS1, j % TAPS1, j < h * TAPS1
             x = tl.load(w_bias + head * h + k, mask=inside, other=0.0).to(tl.float32)
             for a in tl.static_range(TAPS0):
@@ -1207,6 +1232,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
                 value += tl.load(qkv + column, mask=inside & (ago == 0), other=0.0)
                 x += value.to(tl.float32) * tl.load(w + column * TAPS0 + a, mask=inside, other=0.0).to(tl.float32)
             acc += tl.sum(matrix.to(tl.float32) * x[None, :], axis=1)
+            matrix = load_matrix(W, c[:, None], h, BK + j[None, :], h * TAPS1)
         acc += bias + 0.5 * (own.to(tl.float32) + tl.sum(partners, axis=0) / sharers)
         x, t = normalize_and_turn(acc[None, :], length, cosine, sine, HALF, 1, BH), tl.arange(0, 1)
         if head < Hq:
@@ -1227,7 +1253,7 @@ def cca_step_forward(
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
         SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
-        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **c,
+        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **early_start(), **c,
     )  # fmt: skip
     return q
 
@@ -1238,11 +1264,13 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 
 
 @triton.jit
-def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):
+def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
+               BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
     SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighted."""
     n, m = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
+    wait_for_the_kernel_before(EARLY)
     expert = tl.load(choice + n)
     w = weight + expert * (2 * M if SWIGLU else M) * K
     acc, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
@@ -1261,7 +1289,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexp
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), (E, _, F), c = x.shape, down.shape, config("few")
+    (N, D), (E, _, F), c = x.shape, down.shape, config("few") | early_start()
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
     launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, D, SWIGLU=True, **c)
     launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, F, SWIGLU=False, **c)
@@ -1270,7 +1298,8 @@ def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tens
 
 @triton.jit
 def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-                SPLITS: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+                SPLITS: tl.constexpr, EARLY: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
+                BH: tl.constexpr):  # fmt: skip
     """Grid (SPLITS, B * Hk): one part of the past for the queries that share a key head.
 
     partial (B, Hq, SPLITS, h + 2) fp32: the sum of values, the largest score, the sum of exp(score - largest).
@@ -1278,6 +1307,7 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
     split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
     GROUP: tl.constexpr = Hq // Hk
     g, c = tl.arange(0, BG), tl.arange(0, BH)
+    wait_for_the_kernel_before(EARLY)
     now = tl.load(length).to(tl.int32)
     first = tl.maximum(now - window, 0)
     share = tl.cdiv(tl.cdiv(now - first, SPLITS), BS) * BS
@@ -1306,9 +1336,10 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
 
 
 @triton.jit
-def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, BH: tl.constexpr):
+def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, BH: tl.constexpr):
     """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
     s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
+    wait_for_the_kernel_before(EARLY)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
     largest, total = tl.load(own + h), tl.load(own + h + 1)
     values = tl.load(own[:, None] + c[None, :], mask=(c < h)[None, :], other=0.0)
@@ -1324,13 +1355,13 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | N
     # About 512 programs in all, at most 64 parts, and no part shorter than 128 positions of a full cache
     splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
-    shape = dict(h=h, SPLITS=splits, BH=block(h)) | config("past")
-    shape["BS"] = max(16, min(shape["BS"], 2**15 // (block(h) * k.element_size())))  # keys and values of 32 KB each
+    shape, c = dict(h=h, SPLITS=splits, BH=block(h)) | early_start(), config("past")
+    c = c | {"BS": max(16, min(c["BS"], 2**15 // (block(h) * k.element_size())))}  # keys and values of 32 KB each
     launch(
         past_kernel, (splits, B * Hk), q.contiguous(), k, v, length, partial, S, 1 / math.sqrt(h), window or S,
-        Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape,
+        Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
     )  # fmt: skip
-    launch(join_kernel, (B * Hq,), partial, out, h=h, SPLITS=splits, BH=shape["BH"], num_warps=4, num_stages=1)
+    launch(join_kernel, (B * Hq,), partial, out, **shape, num_warps=4, num_stages=1)
     return out
 
 

@@ -249,7 +249,7 @@ def report():
 def compile_kernel(kernel, args, constants, target):
     """The kernel as it would be compiled for these arguments: sizes that are multiples of 16 are known to be such."""
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in constants}
     signature, known, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
         if value is None or (isinstance(value, int) and value == 1):
@@ -290,7 +290,10 @@ def resources_on_nvidia(compiled, warps):
     waves = min(16, 512 // (cdiv(registers, 8) * 8))
     if shared:
         waves = min(waves, max(1, 233472 // shared * warps // 4))
-    products = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
+    ptx = compiled.asm["ptx"]
+    if compiled.metadata.launch_pdl:  # see kernels.early_start
+        assert 0 < ptx.find("griddepcontrol.wait") < ptx.find("st.global"), "starts early, and writes before it waits"
+    products = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
     return registers, spills, shared, products, waves
 
 
