@@ -128,10 +128,9 @@ def operator(function):
 
 @lru_cache
 def early_start():
-    """For the kernels of decoding, which are so short that starting them counts: NVIDIA's GPUs from sm_90 on can start
-    one before the one before it has ended (programmatic dependent launch)."""
-    early = architecture().startswith("sm_") and int(architecture()[3:]) >= 90
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    """For the kernels of decoding, which are so short that starting them counts: Hopper and Blackwell can start one
+    before the one before it has ended (programmatic dependent launch)."""
+    return {"EARLY": True, "launch_pdl": True} if architecture() in ("sm_90", "sm_100") else {"EARLY": False}
 
 
 @triton.jit
