@@ -63,7 +63,7 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "merge_backward": ("AHEAD", (1, 8, 1), (3, 8, 1), (1, 4, 1)),
     "row": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
-    "few": ("BF BK", (4, 1024, 4, 1), (4, 1024, 4, 1), (4, 512, 4, 1)),
+    "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
 # How many programs share the work of a kernel that loops over it, one for each architecture: 4 for each of an MI300X's
