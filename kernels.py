@@ -66,9 +66,8 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
-# How many programs share the work of a kernel that loops over it, one for each architecture: 4 for each of an MI300X's
-# 304 CUs; 2 for each of an H200's 132 SMs, for more of these kernels than one or two do not fit there at a time.
-PROGRAMS = 1216, 264, 1216
+# How many programs share the work of a kernel that loops over it: 4 for each of an MI300X's 304 CUs, an H200's 132 SMs.
+PROGRAMS = 1216, 528, 1216
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
