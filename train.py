@@ -904,7 +904,8 @@ def draw_together(trials, path):
         ):
             steps, values = t.curve(what)
             if len(steps):
-                axis.plot(steps * scale, values.mean(axis=1), color=color, label=literal(t.name), linewidth=1.4)
+                line = "o" if len(steps) == 1 else "-"
+                axis.plot(steps * scale, values.mean(axis=1), line, color=color, label=literal(t.name), linewidth=1.4)
                 axis.fill_between(steps * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
         if t.last_loads:
             share = np.array(t.last_loads, float)  # (runs, L, E)
