@@ -37,7 +37,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
-# how deep one step of a product goes; BS: positions of the past at a time.
+# how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
