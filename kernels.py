@@ -42,11 +42,11 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
 #   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
-# sm_90: 228 KB of shared memory take three or four stages; a warp is 32 threads, so 8 warps are 4 waves' worth. The
+# sm_90: 228 KB of shared memory take two to four stages; a warp is 32 threads, so 8 warps are 4 waves' worth. The
 #   experts' tiles are as large as 255 registers a thread allow: one of 128 x 256 reads a quarter less of x and weight
 #   than two of 128 x 128.
 # other: small enough for every GPU, and for the interpreter.
-# `python kernels.py --compile_for` prints what each needs; in bf16 none spills.
+# `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 4), (32, 32, 4, 1)),
@@ -66,7 +66,8 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
-# How many programs share the work of a kernel that loops over it: 4 for each of an MI300X's 304 CUs, an H200's 132 SMs.
+# How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
+# CUs, and of an H200's 132 SMs; for others as many as for an MI300X.
 PROGRAMS = 1216, 528, 1216
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -75,7 +76,7 @@ DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torc
 @lru_cache
 def architecture():
     """The GPU's, as its compiler names it."""
-    if not torch.cuda.is_available():
+    if INTERPRETED or not torch.cuda.is_available():
         return "none"
     if torch.version.hip:
         return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
@@ -125,17 +126,17 @@ def operator(function):
     return op
 
 
-@lru_cache
 def early_start():
-    """For the kernels of decoding, which are so short that starting them counts: Hopper and Blackwell can start one
-    before the one before it has ended (programmatic dependent launch)."""
-    return {"EARLY": True, "launch_pdl": True} if architecture() in ("sm_90", "sm_100") else {"EARLY": False}
+    """For the kernels of decoding, which are so short that a launch counts: Hopper can start a kernel while the one
+    before still runs (programmatic dependent launch)."""
+    return {"EARLY": True, "launch_pdl": True} if architecture() == "sm_90" else {"EARLY": False}
 
 
 @triton.jit
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
-    """Every program of a kernel with early_start() calls this before it reads what another kernel has written, and
-    before it writes: until then it may read weights alone. Afterwards the next kernel may start."""
+    """Every program of a kernel with early_start() calls this before it writes, and before it reads what another kernel
+    may just have written: until then, only weights, and none that the kernel just before wrote. Afterwards the next
+    kernel may start: what came before this one has ended by then."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -143,6 +144,12 @@ def wait_for_the_kernel_before(EARLY: tl.constexpr):
 
 def save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
+
+
+def without_gradient(ctx, *outputs):
+    """Say so of some of an operator's results: backward gets None for them, and no tensor full of zeros."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
 
 
 def block(size):
@@ -384,10 +391,10 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
         n = first + tl.arange(0, BT)
         ago = TAPS - 1 - tap
         column, inside = (head * h + in_)[None, :], (n < N)[:, None] & (in_ < h)[None, :]
-        early = (n % T < ago)[:, None]  # what comes `ago` tokens before is of the past
-        x = tl.load(qkv + (n - ago).to(tl.int64)[:, None] * stride + column, mask=inside & (early == 0), other=0.0)
-        x += tl.load(past + (n // T * (TAPS - 1) + n % T + tap)[:, None] * (H * h) + column,
-                     mask=inside & early, other=0.0)  # fmt: skip
+        t = (n % T)[:, None]  # before position `ago` of a text, what comes `ago` tokens earlier is of its past
+        x = tl.load(qkv + (n - ago).to(tl.int64)[:, None] * stride + column, mask=inside & (t >= ago), other=0.0)
+        x += tl.load(past + ((n // T * (TAPS - 1))[:, None] + t + tap).to(tl.int64) * (H * h) + column,
+                     mask=inside & (t < ago), other=0.0)  # fmt: skip
         g = load_matrix(grad, n.to(tl.int64)[:, None], N, (head * h + out)[None, :], H * h)
         acc = dot(tl.trans(x), g, acc)
     own = partial + ((part.to(tl.int64) * TAPS + tap) * H + head) * h * h
@@ -395,7 +402,8 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
 
 
 def config_for_heads(kernel, h, x):
-    """config, with fewer stages where heads of h numbers are so wide that shared memory (LDS) would not hold them."""
+    """config, with fewer stages where a head of h numbers, of x's size, is wider than 512 bytes: shared memory (LDS)
+    would not hold more."""
     c, most = config(kernel), {"cca": 2, "cca_filters": 1}[kernel]
     return c | {"num_stages": min(c["num_stages"], most)} if h * x.element_size() > 512 else c
 
@@ -487,9 +495,9 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 #     for BE classes: running max of the logits gelu(second + b2) @ W3[classes].T, and sum of exp(logit - max)
 #     for BE classes: the class with the largest probability + bias, and its probability
 #
-# Backward goes the same way in reverse, from what both layers put out before their GELU, which forward has kept. It
-# writes what the gradients of the three matrices are made of, (N, R) each and (N, classes): they are sums over all
-# tokens, products that torch does well.
+# Backward goes the same way in reverse, from what forward has kept: both layers' outputs before their GELU, and all
+# probabilities. It writes what the gradients of the three matrices are made of, (N, R) each and (N, classes): they are
+# sums over all tokens, products that torch does well.
 
 
 @triton.jit
@@ -633,7 +641,8 @@ def router_backward_kernel(grad_p, grad_state, probability, state, first, second
     tl.store(own + c, tl.sum(da * direction, axis=0), mask=c < R)
     da *= weight[None, :]
     dx = (da - direction * (tl.sum(da * direction, axis=1) / R)[:, None]) * inverse[:, None]
-    dx += tl.load(grad_state + at, mask=inside, other=0.0)
+    if grad_state is not None:
+        dx += tl.load(grad_state + at, mask=inside, other=0.0)
     if DEEP:
         tl.store(own + R + c, tl.sum(dx * tl.load(previous + at, mask=inside, other=0.0), axis=0), mask=c < R)
     tl.store(grad_r + at, dx, mask=inside)
@@ -667,7 +676,7 @@ def router_forward(
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor, probability: Tensor, state: Tensor, kept: Tensor, all_p: Tensor,
+    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, state: Tensor, kept: Tensor, all_p: Tensor,
     previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor,
     choice: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -688,17 +697,18 @@ def router_backward(
 
 def save_for_router(ctx, inputs, output):
     r, previous, gamma, norm, eps, W1, _, W2, _, W3, *_ = inputs
-    probability, choice, counts, *kept = output
-    ctx.save_for_backward(probability, *kept, previous, gamma, norm, W1, W2, W3, choice)
+    probability, choice, counts, state, *kept = output
+    ctx.save_for_backward(probability, state, *kept, previous, gamma, norm, W1, W2, W3, choice)
     ctx.eps, ctx.dtype = eps, r.dtype
-    ctx.mark_non_differentiable(choice, counts, *kept[1:])
+    without_gradient(ctx, choice, counts, *kept)
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
-    *first, previous, gamma, norm, W1, W2, W3, choice = ctx.saved_tensors
-    grads = grad_p.contiguous(), grad_state.contiguous()
+    *made, previous, gamma, norm, W1, W2, W3, choice = ctx.saved_tensors
+    grad_p = torch.zeros_like(made[0]) if grad_p is None else grad_p.contiguous()
+    grad_state = None if grad_state is None else grad_state.contiguous()  # nobody takes the last layer's state
     layers = norm, ctx.eps, W1, W2, W3, choice
-    grad_r, d_W1, d_W2, d_W3, sums = router_backward(*grads, *first, previous, gamma, *layers)
+    grad_r, d_W1, d_W2, d_W3, sums = router_backward(grad_p, grad_state, *made, previous, gamma, *layers)
     d_norm, d_gamma, d_b1, d_b2 = sums
     d_previous, d_gamma = (None, None) if previous is None else (grad_r * gamma, d_gamma)
     d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
@@ -807,7 +817,7 @@ def combine_backward(grad: Tensor, y: Tensor, positions: Tensor, probability: Te
 
 def save_for_dispatch(ctx, inputs, output):
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    without_gradient(ctx, *output[1:])
 
 
 def dispatch_gradient(ctx, grad, _positions, _offsets):
@@ -835,7 +845,7 @@ combine.register_autograd(combine_gradient, setup_context=save_inputs)
 #
 # Forward, the gate's and the up's columns are made in one program, which can then apply SwiGLU before it writes.
 # Backward, SwiGLU is a pass of its own: after the product with `down` it would need so many registers that only small
-# tiles were left for the product. A matrix's gradient is a product over its expert's rows.
+# tiles would be left for the product. A matrix's gradient is a product over its expert's rows.
 
 
 @triton.jit
@@ -882,7 +892,8 @@ def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.co
 @triton.jit
 def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr,
                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """act = silu(gate) * up with [gate | up] = x @ weight[expert].T; both are written to `hidden` (N, F, 2) if KEEP.
+    """act = silu(gate) * up with [gate | up] = x @ weight[expert].T. KEEP: `hidden` (N, F, 2) gets each unit's gate and
+    up, side by side.
 
     Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, by a single product: its column
     2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
@@ -952,25 +963,31 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
 
 
-def tiles_of(kernel, N, M, E):
-    """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
+def config_for_tiles(kernel, x):
+    """config, with narrower tiles in fp32, lest they spill."""
     c = config(kernel)
+    return c | {"BN": min(c["BN"], 128)} if x.dtype == torch.float32 else c
+
+
+def tiles_of(kernel, x, M, E):
+    """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
+    N, c = len(x), config_for_tiles(kernel, x)
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
     return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
 
 
 def grouped_product(x, weight, offsets):
     """x (N, K), sorted by expert, times weight (E, M, K) -> (N, M)."""
-    (E, M, K), N = weight.shape, len(x)
-    out = x.new_empty(N, M)
-    grid, shape = tiles_of("grouped", N, M, E)
+    E, M, K = weight.shape
+    out = x.new_empty(len(x), M)
+    grid, shape = tiles_of("grouped", x, M, E)
     launch(grouped_kernel, grid, x, weight, offsets, out, K, M, *weight.stride(), **shape)
     return out
 
 
 def grouped_weight_product(grad, x, offsets):
     """The weight's gradient of grouped_product -> (E, M, K)."""
-    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config("grouped")
+    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config_for_tiles("grouped", x)
     out = x.new_empty(E, M, K)
     launch(grouped_weight_kernel, (cdiv(M, c["BM"]) * cdiv(K, c["BN"]), E), grad, x, offsets, out, M, K, **c)
     return out
@@ -979,9 +996,9 @@ def grouped_weight_product(grad, x, offsets):
 @operator
 def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """As zaya.experts; and, to keep for the backward pass, each unit's gate and up (N, F, 2)."""
-    N, (E, _, F), D = len(x), down.shape, x.shape[1]
+    (N, D), (E, _, F) = x.shape, down.shape
     act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, F, 2)
-    grid, shape = tiles_of("swiglu", N, 2 * F, E)
+    grid, shape = tiles_of("swiglu", x, 2 * F, E)
     launch(swiglu_kernel, grid, x, gate_up, offsets, hidden, act, D, F, KEEP=keep, **shape)
     return grouped_product(act, down, offsets), hidden
 
@@ -1000,7 +1017,7 @@ def experts_backward(
 
 def save_for_experts(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.mark_non_differentiable(output[1])
+    without_gradient(ctx, output[1])
 
 
 def experts_gradient(ctx, grad, _hidden):
@@ -1021,8 +1038,8 @@ def experts(x, gate_up, down, offsets):
 #     normed = new / sqrt(mean(new^2) + eps) * weight
 #
 # Forward, a program owns a token. Backward it owns every PROGRAMS-th token, so that the sums for the five vectors stay
-# in its registers until the end; `new` is computed again. Where the registers leave room for one program at a time, it
-# asks for the next tokens' rows ahead (AHEAD stages), lest memory wait for it.
+# in its registers until the end; `new` is computed again. An SM of sm_90 then has registers for one or two programs, so
+# the rows of the next AHEAD - 1 tokens are loaded while they work on one.
 
 
 @triton.jit
@@ -1126,8 +1143,8 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 # and CCA takes the token into the cache. A token reads its own expert's rows and no other's: a program owns BF units
 # and streams their rows through. Attention is split along time, SPLITS programs a key head, each with its own running
 # softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the
-# same, so it can be captured, and the work is what the context needs. Where a kernel can start early, it asks for its
-# weights while the one before still works.
+# same, so it can be captured, and the work is what the context needs. Where kernels can start early, products and CCA
+# ask for their weights while the one before still works; the others only save the launch.
 
 
 @triton.jit

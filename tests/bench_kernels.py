@@ -292,7 +292,9 @@ def resources_on_nvidia(compiled, warps):
         waves = min(waves, max(1, 233472 // shared * warps // 4))
     ptx = compiled.asm["ptx"]
     if compiled.metadata.launch_pdl:  # see kernels.early_start
-        assert 0 < ptx.find("griddepcontrol.wait") < ptx.find("st.global"), "starts early, and writes before it waits"
+        before, wait, _ = ptx.partition("griddepcontrol.wait")
+        assert wait and "st.global" not in before, "starts early, and writes before it waits"
+        assert compiled.metadata.name in ("row_kernel", "cca_step_kernel") or "ld.global" not in before
     products = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
     return registers, spills, shared, products, waves
 

@@ -280,6 +280,13 @@ def test_falls_back_and_says_so_once(capsys, monkeypatch):
         Zaya(TINY, "cuda")
 
 
+def test_interpreted_whatever_gpu_there_is(monkeypatch):
+    """Beside a GPU, too, what is interpreted is not configured for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.architecture.__wrapped__() == "none" and kernels.early_start() == {"EARLY": False}
+
+
 def test_every_marked_function_has_its_twin():
     marked = re.findall(r"^@has_kernel\ndef (\w+)\(([^)]*)\)", (ROOT / "zaya.py").read_text(), re.MULTILINE)
     assert sorted(name for name, _ in marked) == sorted(FUNCTIONS)
