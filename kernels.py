@@ -89,10 +89,11 @@ def for_this_gpu(columns):
 
 
 @lru_cache
-def config(kernel):
-    """The constants and launch options of a kernel on the GPU at hand."""
+def config(kernel, **most):
+    """The constants and launch options of a kernel on the GPU at hand; most: for some of them a bound, or None."""
     names, *columns = TABLE[kernel]
-    return dict(zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns)))
+    values = zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns))
+    return {name: min(value, most.get(name) or value) for name, value in values}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,11 +402,9 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
     store_matrix(own, in_[:, None], h, out[None, :], h, acc)
 
 
-def config_for_heads(kernel, h, x):
-    """config, with fewer stages where a head of h numbers, of x's size, is wider than 512 bytes: shared memory (LDS)
-    would not hold more."""
-    c, most = config(kernel), {"cca": 2, "cca_filters": 1}[kernel]
-    return c | {"num_stages": min(c["num_stages"], most)} if h * x.element_size() > 512 else c
+def is_wide(h, x):
+    """Whether shared memory (LDS) holds fewer stages of heads of h numbers of x's size than the table has."""
+    return h * x.element_size() > 512
 
 
 @operator
@@ -415,7 +414,7 @@ def cca_forward(
     """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
-    c = config_for_heads("cca", h, qkv)
+    c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
         T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BH=block(h), **c,
@@ -430,7 +429,7 @@ def cca_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
-    c = config_for_heads("cca", h, qkv)
+    c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
     blocks = cdiv(T, c["BT"])
     shape = dict(h=h, TAPS=TAPS, BH=block(h))
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
@@ -443,7 +442,7 @@ def cca_backward(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
         **shape, **c,
     )  # fmt: skip
-    c = config_for_heads("cca_filters", h, qkv)
+    c = config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
@@ -963,15 +962,14 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
 
 
-def config_for_tiles(kernel, x):
-    """config, with narrower tiles in fp32, lest they spill."""
-    c = config(kernel)
-    return c | {"BN": min(c["BN"], 128)} if x.dtype == torch.float32 else c
+def widest_tile(x):
+    """A bound for the columns of a tile, or None: in fp32 wider ones would spill."""
+    return 128 if x.dtype == torch.float32 else None
 
 
 def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
-    N, c = len(x), config_for_tiles(kernel, x)
+    N, c = len(x), config(kernel, BN=widest_tile(x))
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
     return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
 
@@ -987,7 +985,7 @@ def grouped_product(x, weight, offsets):
 
 def grouped_weight_product(grad, x, offsets):
     """The weight's gradient of grouped_product -> (E, M, K)."""
-    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config_for_tiles("grouped", x)
+    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config("grouped", BN=widest_tile(x))
     out = x.new_empty(E, M, K)
     launch(grouped_weight_kernel, (cdiv(M, c["BM"]) * cdiv(K, c["BN"]), E), grad, x, offsets, out, M, K, **c)
     return out
@@ -1112,8 +1110,8 @@ def merge_backward(
     """Gradients of stream and out, and the four sums (4, D) of the kernel."""
     D, grad_stream, grad_out = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
     N = stream.numel() // D
-    partial, c = stream.new_empty(min(N, for_this_gpu(PROGRAMS)), 4, D), config("merge_backward")
-    c = c | ({"AHEAD": 1} if D > 4096 else {})  # or shared memory would not hold the rows
+    partial = stream.new_empty(min(N, for_this_gpu(PROGRAMS)), 4, D)
+    c = config("merge_backward", AHEAD=1 if D > 4096 else None)  # or shared memory would not hold the rows
     launch(
         merge_backward_kernel, (len(partial),), grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
         grad_stream, grad_out, partial, N, D, eps, BD=block(D), **c,
@@ -1370,8 +1368,8 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | N
     # About 512 programs in all, at most 64 parts, and no part shorter than 128 positions of a full cache
     splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
-    shape, c = dict(h=h, SPLITS=splits, BH=block(h)) | early_start(), config("past")
-    c = c | {"BS": max(16, min(c["BS"], 2**15 // (block(h) * k.element_size())))}  # keys and values of 32 KB each
+    shape = dict(h=h, SPLITS=splits, BH=block(h)) | early_start()
+    c = config("past", BS=max(16, 2**15 // (block(h) * k.element_size())))  # keys and values of at most 32 KB each
     launch(
         past_kernel, (splits, B * Hk), q.contiguous(), k, v, length, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
