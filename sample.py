@@ -126,7 +126,7 @@ class Writer:
         tokens = torch.tensor([ids] * config.num_samples, device=config.device)
         rows, open_rows = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
         speed = Speed(self.model, config, len(ids))
-        for column in self.model.stream(
+        for column in self.model.next_tokens(
             tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eos
         ):
             column = column.tolist()

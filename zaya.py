@@ -654,7 +654,7 @@ class Zaya(nn.Module):
         return Cache(self, batch_size, max_len)
 
     @torch.inference_mode()
-    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
+    def next_tokens(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Yield the next token (B) of every text, max_new_tokens times or until all have ended. See generate."""
 
         def pick(hidden):
@@ -709,7 +709,7 @@ class Zaya(nn.Module):
         max_position_embeddings only the end is read. Uses PyTorch's global random state.
         """
         T = tokens.shape[1]
-        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
+        new = self.next_tokens(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
         tokens = torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
         if eos_token_id is not None:  # on a GPU some may have come after the last text's end
             unended = int((tokens[:, T:] != eos_token_id).any(dim=0).sum())  # steps in which some text had not ended

@@ -68,7 +68,7 @@ def write(model, batch, prompt, new):
     tokens = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
     wait(device)
     speed = sample.Speed(model, flags, prompt)
-    for count, _ in enumerate(model.stream(tokens, new, temperature=0), start=1):
+    for count, _ in enumerate(model.next_tokens(tokens, new, temperature=0), start=1):
         if count in (1, 2, new):
             wait(device)
             speed.tick(batch)

@@ -440,7 +440,7 @@ def test_what_decodes_is_made_when_it_is_needed(monkeypatch):
     model, tokens, made = random_model(), random_tokens(1, 5), []
     original = Zaya.decoder
     monkeypatch.setattr(Zaya, "decoder", lambda *args: made.append(1) or original(*args))
-    stream = model.stream(tokens, 3)
+    stream = model.next_tokens(tokens, 3)
     next(stream)
     assert not made
     next(stream)
