@@ -73,9 +73,9 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_seed(write, finish
 
 def test_several_samples_are_one_batch(write, finished, monkeypatch):
     batches = []
-    stream = Zaya.stream
+    stream = Zaya.next_tokens
     monkeypatch.setattr(
-        Zaya, "stream", lambda self, tokens, *rest: batches.append(tokens.shape) or stream(self, tokens, *rest)
+        Zaya, "next_tokens", lambda self, tokens, *rest: batches.append(tokens.shape) or stream(self, tokens, *rest)
     )
     done = write("--prompt", "3 times", "--num_samples", 3, "--temperature", 1.2)
     eot = load_tokenizer(finished.out / "step-0000006").eot
@@ -116,10 +116,10 @@ def test_half_a_character_at_the_end_is_shown_at_last():
 def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
     eot = load_tokenizer(finished.out / "step-0000006").eot
     tokens = [ord("o"), ord("k"), eot]
-    monkeypatch.setattr(Zaya, "stream", lambda self, *rest: iter([torch.tensor([token]) for token in tokens]))
+    monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: iter([torch.tensor([token]) for token in tokens]))
     assert write("--prompt", "3 ").stdout == "3 ok\n"
     columns = [[ord("o"), ord("x")], [ord("k"), eot], [eot, eot]]
-    monkeypatch.setattr(Zaya, "stream", lambda self, *rest: iter([torch.tensor(column) for column in columns]))
+    monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: iter([torch.tensor(column) for column in columns]))
     assert write("--prompt", "3 ", "--num_samples", 2).stdout == "--- 1\n3 ok\n--- 2\n3 x\n"
 
 
@@ -208,7 +208,7 @@ def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     eos, end = 256, 7
     writer.ends = [eos, end]
     columns = [[5, 6], [eos, 6], [5, 6], [5, end], [5, 5]]
-    monkeypatch.setattr(Zaya, "stream", lambda self, *rest: (torch.tensor(column) for column in columns))
+    monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: (torch.tensor(column) for column in columns))
     shown = []
     rows, speed = writer.write([1, 2], shown.append)
     assert rows == [[5], [6, 6, 6]] and shown == [5] and (speed.count, speed.kept) == (4, 4)
