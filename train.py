@@ -22,7 +22,7 @@ import sys
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -1024,6 +1024,36 @@ def new_model(config, given, meta, eot):
     return model
 
 
+def starting_point(checkpoint, config, given, folder, meta, eot):
+    """(model, record) to go on from: the checkpoint to resume, or a new model at step 0. The record is what checkpoints
+    keep of a run beside its tensors. Raises ValueError if the data's tokens are not the model's."""
+    if checkpoint:
+        model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
+    elif config.eval_only and not config.init_from:
+        raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
+    else:
+        model, record = new_model(config, given, meta, eot), {"step": 0, "best": None, "skipped": 0}
+    source = checkpoint or (config.init_from and find_checkpoint(config.init_from))
+    if source and (source / "tokenizer.json").is_file():
+        refuse_other_tokens(folder, source)
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError(f"--data has {meta['vocab_size']} token ids, the model knows {model.config.vocab_size}")
+    return model, record
+
+
+def settle(config, model, ranks):
+    """Fill in what config leaves to the model, to the number of ranks and to the device."""
+    config.block_size = config.block_size or model.config.max_position_embeddings
+    if config.batch_size % ranks.world:
+        raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
+    share = config.batch_size // ranks.world
+    config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
+    if share % config.micro_batch_size:
+        raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
+    config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype
+    config.compile = ranks.device.type == "cuda" if config.compile is None else config.compile
+
+
 def checkpoint_to_resume(out, ranks):
     """A run's newest undamaged checkpoint; None where there is none yet. Raises ValueError if all are damaged."""
     damage = None
@@ -1132,30 +1162,12 @@ def main():
     folder, meta = open_data(config.data, ranks)
     tokenizer = load_tokenizer(folder)
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
-    if checkpoint:
-        model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
-    elif config.eval_only and not config.init_from:
-        raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
-    else:
-        model, record = new_model(config, given, meta, tokenizer.eot), {"step": 0, "best": None, "skipped": 0}
-    source = checkpoint or (config.init_from and find_checkpoint(config.init_from))
-    if source and (source / "tokenizer.json").is_file():
-        refuse_other_tokens(folder, source)
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(f"--data has {meta['vocab_size']} token ids, the model knows {model.config.vocab_size}")
-    config.block_size = config.block_size or model.config.max_position_embeddings
-    if config.batch_size % ranks.world:
-        raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
-    share = config.batch_size // ranks.world
+    model, record = starting_point(checkpoint, config, given, folder, meta, tokenizer.eot)
     if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
         raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
-    # What args.json keeps, without the micro-batch chosen next: another number of ranks may want another one.
-    flags = asdict(config) | flags_of(ZayaConfig, given)
-    config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
-    if share % config.micro_batch_size:
-        raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
+    flags = asdict(config) | flags_of(ZayaConfig, given)  # for args.json, before what follows from this machine
+    settle(config, model, ranks)
     halves = open_halves(folder, meta, config, ranks)
-    config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1163,7 +1175,6 @@ def main():
     optimizer = Optimizer(model, config, getattr(torch, config.dtype), ranks)
     if checkpoint:
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
-    config.compile = device.type == "cuda" if config.compile is None else config.compile
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     routers, parameters = model.routers, list(model.parameters())
 
@@ -1181,12 +1192,12 @@ def main():
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
-        flags |= {"resume": False, "dtype": config.dtype, "active_parameters": active}
         log = log or open_log(out)
         if log.tell() and not resuming:  # another process was faster
             raise FileExistsError(HOLDS_RUN.format(out=out))
         if ranks.store:
             ranks.store.set("run is ours", "")
+        flags |= {"resume": False, "block_size": config.block_size, "dtype": config.dtype, "active_parameters": active}
         restore(out, log, flags, record, checkpoint)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
@@ -1196,8 +1207,14 @@ def main():
         speed = Speed(flops, device, config.dtype)
 
     asked_to_stop = []
-    on_stop(lambda number, frame: asked_to_stop.append(number))  # finish the step, save, leave with status 0
 
+    def stop(number, frame):  # finish the step, save, leave with status 0
+        if ranks.first and not asked_to_stop:
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"\nstopping after this step\n")
+        asked_to_stop.append(number)
+
+    on_stop(stop)
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
