@@ -1,4 +1,5 @@
-"""The Triton twins of zaya.py's hot functions, forward and backward: same names, same arguments, same results.
+"""The Triton twins of zaya.py's hot functions: same names, same arguments, same results, and but for decoding's, same
+gradients.
 
     python kernels.py                          check and time every kernel against its eager twin on this machine's GPU
     TRITON_INTERPRET=1 python kernels.py       check them without a GPU, in Triton's interpreter
@@ -12,7 +13,7 @@ Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A 
 where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked.
 Index arrays:
   choice     (N)  the expert of token n (or E, where a token may skip the experts)
-  positions  (N)  the row of token n when tokens are sorted by expert
+  place      (N)  the row of token n when tokens are sorted by expert
   offsets    (E)  where each expert's rows end; expert e has rows offsets[e - 1], or 0, to offsets[e] - 1
 
 Rules that all kernels keep: sums in fp32; no atomic addition of floats, so the same run gives the same bits; what a
@@ -249,15 +250,15 @@ def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.con
     partner = tl.where(is_key, (head - Hq) * GROUP, Hq + head // GROUP)
     acc = tl.zeros((t.shape[0], BH), tl.float32)
     for i in tl.range(GROUP, loop_unroll_factor=4):  # four loads at a time; a query has only one partner
-        end = tl.where(is_key | (i == 0), (partner + i + 1) * h, 0)
+        end = tl.where(is_key | (i == 0), (partner + i + 1) * h, 0)  # 0: loads nothing
         acc += load_rows(rows, stride, b, t, T, (partner + i) * h + c, end).to(tl.float32)
     acc *= tl.where(is_key != BACKWARD, 1.0 / GROUP, 1.0)
     return 0.5 * (acc + load_rows(rows, stride, b, t, T, head * h + c, (head + 1) * h).to(tl.float32))
 
 
 @triton.jit
-def mix(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-        TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+             TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """A head before its norm: convolution, bias and q-k mean -> (BT, BH) fp32."""
     c = tl.arange(0, BH)
     x = convolve(qkv, past, filters, b, t, head, T, stride, Hq + Hk, h, TAPS, BT, BH, BK, False)
@@ -312,10 +313,11 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             row = t[:, None] - late[None, :].to(tl.int32)
             inside = (t < T)[:, None] & (column < Hk * h)[None, :]
             x = tl.load(qkv + (b * T + row) * stride + H * h + column[None, :], mask=inside & (row >= 0), other=0.0)
-            x += tl.load(v_before + b * HALF_V + column[None, :] - HALF_V + row * 0, mask=inside & (row < 0), other=0.0)
+            before = tl.load(v_before + b * HALF_V + column - HALF_V, mask=late & (column < Hk * h), other=0.0)
+            x = tl.where(row < 0, before[None, :], x)
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
-        x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
+        x = head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
         cosine, sine = load_angles(cos, sin, t, T, HALF, BH)
         x = normalize_and_turn(x, load_length(temp, head, Hq, h), cosine, sine, HALF, BT, BH)
         if head < Hq:
@@ -338,7 +340,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
     # The forward pass again, to the direction of x (a unit vector a token) and its norm
-    x = mix(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
+    x = head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
     raw_norm = tl.sqrt(tl.sum(x * x, axis=1))
     norm = tl.maximum(raw_norm, EPS)
     x = x / norm[:, None]
@@ -444,10 +446,10 @@ def cca_backward(
     )  # fmt: skip
     c = config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
-    parts = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
-    grid = (len(parts), TAPS * H, cdiv(h, c["BK"]))
-    launch(cca_filters_backward_kernel, grid, grad, qkv, past, parts, B * T, T, width, tokens, H=H, **shape, **c)
-    return grad_qkv, parts.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
+    by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
+    grid = (len(by_part), TAPS * H, cdiv(h, c["BK"]))
+    launch(cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, **shape, **c)
+    return grad_qkv, by_part.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
 
 
 def cca_gradient(ctx, grad_q, grad_k, grad_v):
@@ -470,8 +472,8 @@ def one_convolution(depthwise, grouped):
     W = W.float().view(C // h, h, h, taps).permute(3, 0, 2, 1)  # (H, out, in, tap) -> (tap, H, in, out)
     w = w.float().view(C // h, h, 1, -1)
     last = w.shape[-1] - 1
-    padded = torch.nn.functional.pad(W, (0, 0) * 3 + (last, last))  # the first filter slides over the second
-    filters = sum(w[..., a] * padded[last - a : last - a + taps + last] for a in range(last + 1))
+    shifted = [torch.nn.functional.pad(W, (0, 0) * 3 + (a, last - a)) for a in range(last + 1)]  # tap b at a + b
+    filters = sum(w[..., a] * W_a for a, W_a in enumerate(shifted))
     bias = (w_bias.float().view(C // h, h, 1) * W).sum(dim=(0, 2)).flatten() + W_bias
     return filters, bias
 
@@ -510,9 +512,9 @@ def gelu_slope(x):
 
 
 @triton.jit
-def think(a, W1, b1, W2, b2, first, n, N, R: tl.constexpr, BN: tl.constexpr):
-    """The first two layers, a (BT, BR) -> the second's output before its GELU, (BT, BR) fp32. The first's is written to
-    rows n of `first` (N, R), unless that is None."""
+def two_layers(a, W1, b1, W2, b2, first, n, N, R: tl.constexpr, BN: tl.constexpr):
+    """From a (BT, BR) to the second's output before its GELU, (BT, BR) fp32. The first's is written to rows n of
+    `first` (N, R), unless that is None."""
     c = tl.arange(0, a.shape[1])
     acc = tl.zeros(a.shape, tl.float32)
     for u0 in range(0, R, BN):
@@ -564,7 +566,7 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
-    thought = think(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
+    thought = two_layers(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
     if second is not None:
         store_matrix(second, n[:, None], N, c[None, :], R, thought)
     thought = gelu(thought).to(W1.dtype.element_ty)
@@ -725,8 +727,8 @@ def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
 # 3. Dispatch: the tokens of each expert together, without a sort
 #
 #     counts[e, block] = how many of the block's BT tokens chose e
-#     starts = exclusive prefix sum of counts, read expert by expert
-#     position of a token = starts[its expert, its block] + how many before it in its block chose the same
+#     ends = running sum of counts, read expert by expert
+#     place of a token = (ends - counts)[its expert, its block] + how many before it in its block chose the same
 #
 # The order is that of a stable sort. Rows move once; on the way back each token fetches its row, so no two programs
 # ever write to one place.
@@ -744,43 +746,43 @@ def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr, BE: tl.co
 
 
 @triton.jit
-def dispatch_kernel(x, choice, counts, ends, sorted_x, positions, N, D, BT: tl.constexpr, BD: tl.constexpr):
+def dispatch_kernel(x, choice, counts, ends, sorted_x, place, N, D, BT: tl.constexpr, BD: tl.constexpr):
     """Grid (N / BT, D / BD): BT tokens' places, and BD columns of their rows."""
     i = tl.arange(0, BT)
     n, d = tl.program_id(0) * BT + i, tl.program_id(1) * BD + tl.arange(0, BD)
     expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
     rank = tl.sum(((expert[None, :] == expert[:, None]) & (i[None, :] < i[:, None])).to(tl.int64), axis=1)
     at = expert * tl.num_programs(0) + tl.program_id(0)
-    position = tl.load(ends + at) - tl.load(counts + at) + rank
+    row = tl.load(ends + at) - tl.load(counts + at) + rank
     if tl.program_id(1) == 0:
-        tl.store(positions + n, position, mask=n < N)
+        tl.store(place + n, row, mask=n < N)
     rows = load_matrix(x, n[:, None].to(tl.int64), N, d[None, :], D)
-    tl.store(sorted_x + position[:, None] * D + d[None, :], rows, mask=(n < N)[:, None] & (d < D)[None, :])
+    tl.store(sorted_x + row[:, None] * D + d[None, :], rows, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def combine_kernel(y, positions, probability, out, N, D, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (N / BT, D / BD): out[n] = y[positions[n]], times probability[n] if WEIGHTED."""
+def combine_kernel(y, place, probability, out, N, D, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT, D / BD): out[n] = y[place[n]], times probability[n] if WEIGHTED."""
     n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
-    position = tl.load(positions + n, mask=n < N, other=N)
-    rows = load_matrix(y, position[:, None], N, d[None, :], D)
+    row = tl.load(place + n, mask=n < N, other=N)
+    rows = load_matrix(y, row[:, None], N, d[None, :], D)
     if WEIGHTED:
         rows = rows * load_vector(probability, n, N)[:, None]
     store_matrix(out, n[:, None].to(tl.int64), N, d[None, :], D, rows)
 
 
 @triton.jit
-def combine_backward_kernel(grad, y, positions, probability, grad_y, grad_p, N, D, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (N / BT): grad_y[positions[n]] = probability[n] * grad[n], grad_p[n] = grad[n] . y[positions[n]]."""
+def combine_backward_kernel(grad, y, place, probability, grad_y, grad_p, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT): grad_y[place[n]] = probability[n] * grad[n], grad_p[n] = grad[n] . y[place[n]]."""
     n = tl.program_id(0) * BT + tl.arange(0, BT)
-    position, p = tl.load(positions + n, mask=n < N, other=N), load_vector(probability, n, N)
-    dot = tl.zeros((BT,), tl.float32)
+    row, p = tl.load(place + n, mask=n < N, other=N), load_vector(probability, n, N)
+    dp = tl.zeros((BT,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         g = load_matrix(grad, n[:, None].to(tl.int64), N, d[None, :], D).to(tl.float32)
-        dot += tl.sum(g * load_matrix(y, position[:, None], N, d[None, :], D).to(tl.float32), axis=1)
-        store_matrix(grad_y, position[:, None], N, d[None, :], D, g * p[:, None])
-    tl.store(grad_p + n, dot.to(grad_p.dtype.element_ty), mask=n < N)
+        dp += tl.sum(g * load_matrix(y, row[:, None], N, d[None, :], D).to(tl.float32), axis=1)
+        store_matrix(grad_y, row[:, None], N, d[None, :], D, g * p[:, None])
+    tl.store(grad_p + n, dp.to(grad_p.dtype.element_ty), mask=n < N)
 
 
 @operator
@@ -792,25 +794,25 @@ def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]
     counts = choice.new_empty(E, blocks, dtype=torch.int32)
     launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=min(32, block(E)), num_warps=4, num_stages=1)
     ends = counts.flatten().cumsum(dim=0, dtype=torch.int64)
-    sorted_x, positions = torch.empty_like(x), torch.empty_like(choice)
-    launch(dispatch_kernel, (blocks, cdiv(D, BD)), x, choice, counts, ends, sorted_x, positions, N, D, **c)
-    return sorted_x, positions, ends.view(E, blocks)[:, -1].to(torch.int32)
+    sorted_x, place = torch.empty_like(x), torch.empty_like(choice)
+    launch(dispatch_kernel, (blocks, cdiv(D, BD)), x, choice, counts, ends, sorted_x, place, N, D, **c)
+    return sorted_x, place, ends.view(E, blocks)[:, -1].to(torch.int32)
 
 
 @operator
-def combine(y: Tensor, positions: Tensor, probability: Tensor | None) -> Tensor:
+def combine(y: Tensor, place: Tensor, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
     (N, D), c, out = y.shape, config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
-    launch(combine_kernel, grid, y, positions, probability, out, N, D, WEIGHTED=probability is not None, **c)
+    launch(combine_kernel, grid, y, place, probability, out, N, D, WEIGHTED=probability is not None, **c)
     return out
 
 
 @operator
-def combine_backward(grad: Tensor, y: Tensor, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+def combine_backward(grad: Tensor, y: Tensor, place: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
     (N, D), c = y.shape, config("combine_backward")
     grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
-    launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, positions, probability, grad_y, grad_p, N, D, **c)
+    launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, place, probability, grad_y, grad_p, N, D, **c)
     return grad_y, grad_p
 
 
@@ -819,7 +821,7 @@ def save_for_dispatch(ctx, inputs, output):
     without_gradient(ctx, *output[1:])
 
 
-def dispatch_gradient(ctx, grad, _positions, _offsets):
+def dispatch_gradient(ctx, grad, _place, _offsets):
     return combine(grad.contiguous(), *ctx.saved_tensors, None), None, None
 
 
@@ -845,29 +847,32 @@ combine.register_autograd(combine_gradient, setup_context=save_inputs)
 # Forward, the gate's and the up's columns are made in one program, which can then apply SwiGLU before it writes.
 # Backward, SwiGLU is a pass of its own: after the product with `down` it would need so many registers that only small
 # tiles would be left for the product. A matrix's gradient is a product over its expert's rows.
+#
+# Here M and K are a weight's outputs and inputs, and a tile has a product's usual names, whichever dimensions those
+# are: BM rows, BN columns, BK of what is summed.
 
 
 @triton.jit
-def tiles_by_expert(offsets, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    """Where each expert's rows start and end, and how many tiles they make, (EP) each."""
-    e = tl.arange(0, EP)
+def tiles_by_expert(offsets, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """Where each expert's rows start and end, and how many tiles they make, (BE) each."""
+    e = tl.arange(0, BE)
     end = tl.load(offsets + e, mask=e < E, other=0)
     start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     return start, end, tl.cdiv(end - start, BM)
 
 
 @triton.jit
-def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, GROUP: tl.constexpr):
+def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, BAND: tl.constexpr):
     """A tile's expert, its first row, how many rows that expert has from there on, and the number of its column tile.
 
-    Tiles are numbered down GROUP row tiles of one column, then of the next, and only then come the next GROUP: programs
+    Tiles are numbered down BAND row tiles of one column, then of the next, and only then come the next BAND: programs
     that run at one time share weights and rows.
     """
     last = tl.cumsum(tiles, axis=0)
-    group = tile // (GROUP * columns)
-    height = tl.minimum(tl.sum(tiles, axis=0) - group * GROUP, GROUP)
-    row_tile = group * GROUP + (tile % (GROUP * columns)) % height
-    column_tile = (tile % (GROUP * columns)) // height
+    band = tile // (BAND * columns)
+    height = tl.minimum(tl.sum(tiles, axis=0) - band * BAND, BAND)
+    row_tile = band * BAND + (tile % (BAND * columns)) % height
+    column_tile = (tile % (BAND * columns)) // height
     expert = tl.sum((last <= row_tile).to(tl.int32), axis=0)
     mine = tl.arange(0, tiles.shape[0]) == expert
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
@@ -889,8 +894,8 @@ def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.co
 
 
 @triton.jit
-def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl.constexpr, KEEP: tl.constexpr,
-                  GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl.constexpr, KEEP: tl.constexpr,
+                  BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T. KEEP: `hidden` (N, F, 2) gets each unit's gate and
     up, side by side.
 
@@ -899,9 +904,9 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, EP: tl
     """
     UNITS: tl.constexpr = BN // 2
     columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM)[:, None], tl.arange(0, BN)
-    starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
+    starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
         unit = column_tile * UNITS + c // 2
         w = weight + expert * 2 * F * D
         acc = tile_product(x + row * D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
@@ -928,16 +933,16 @@ def swiglu_backward_kernel(grad, hidden, act, grad_hidden, N, F, BT: tl.constexp
 
 
 @triton.jit
-def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, E: tl.constexpr, EP: tl.constexpr,
-                   GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, E: tl.constexpr, BE: tl.constexpr,
+                   BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out (N, M) = x (N, K) @ weight[expert].T, weight (E, M, K) by its strides.
 
     Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
     columns, m = tl.cdiv(M, BN), tl.arange(0, BM)[:, None]
-    starts, ends, tiles = tiles_by_expert(offsets, E, EP, BM)
+    starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, GROUP)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
         c = column_tile * BN + tl.arange(0, BN)
         w = weight + expert * stride_e
         acc = tile_product(x + row * K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
@@ -971,10 +976,10 @@ def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
     N, c = len(x), config(kernel, BN=widest_tile(x))
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
-    return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, EP=next_power_of_2(E), GROUP=8) | c
+    return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
 
 
-def grouped_product(x, weight, offsets):
+def grouped_linear(x, weight, offsets):
     """x (N, K), sorted by expert, times weight (E, M, K) -> (N, M)."""
     E, M, K = weight.shape
     out = x.new_empty(len(x), M)
@@ -984,7 +989,7 @@ def grouped_product(x, weight, offsets):
 
 
 def grouped_weight_product(grad, x, offsets):
-    """The weight's gradient of grouped_product -> (E, M, K)."""
+    """The weight's gradient of grouped_linear -> (E, M, K)."""
     E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config("grouped", BN=widest_tile(x))
     out = x.new_empty(E, M, K)
     launch(grouped_weight_kernel, (cdiv(M, c["BM"]) * cdiv(K, c["BN"]), E), grad, x, offsets, out, M, K, **c)
@@ -998,7 +1003,7 @@ def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, k
     act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, F, 2)
     grid, shape = tiles_of("swiglu", x, 2 * F, E)
     launch(swiglu_kernel, grid, x, gate_up, offsets, hidden, act, D, F, KEEP=keep, **shape)
-    return grouped_product(act, down, offsets), hidden
+    return grouped_linear(act, down, offsets), hidden
 
 
 @operator
@@ -1006,11 +1011,11 @@ def experts_backward(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     (N, F, _), c = hidden.shape, config("swiglu_backward")
-    grad_act, act, grad_hidden = grouped_product(grad, down.mT, offsets), x.new_empty(N, F), x.new_empty(N, 2 * F)
+    grad_act, act, grad_hidden = grouped_linear(grad, down.mT, offsets), x.new_empty(N, F), x.new_empty(N, 2 * F)
     grid = (cdiv(N, c["BT"]), cdiv(F, c["BF"]))
     launch(swiglu_backward_kernel, grid, grad_act, hidden, act, grad_hidden, N, F, **c)
     grad_gate_up, grad_down = (grouped_weight_product(g, a, offsets) for g, a in ((grad_hidden, x), (grad, act)))
-    return grouped_product(grad_hidden, gate_up.mT, offsets), grad_gate_up, grad_down
+    return grouped_linear(grad_hidden, gate_up.mT, offsets), grad_gate_up, grad_down
 
 
 def save_for_experts(ctx, inputs, output):
@@ -1310,7 +1315,7 @@ def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tens
 
 
 @triton.jit
-def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
                 SPLITS: tl.constexpr, EARLY: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
                 BH: tl.constexpr):  # fmt: skip
     """Grid (SPLITS, B * Hk): one part of the past for the queries that share a key head.
@@ -1321,23 +1326,23 @@ def past_kernel(q, k, v, length, partial, S, scale, window, Hq: tl.constexpr, Hk
     GROUP: tl.constexpr = Hq // Hk
     g, c = tl.arange(0, BG), tl.arange(0, BH)
     wait_for_the_kernel_before(EARLY)
-    now = tl.load(length).to(tl.int32)
+    now = tl.load(end).to(tl.int32)
     first = tl.maximum(now - window, 0)
     share = tl.cdiv(tl.cdiv(now - first, SPLITS), BS) * BS
     start = first + split * share
-    end = tl.minimum(start + share, now)
+    stop = tl.minimum(start + share, now)
     query = b * Hq + head * GROUP + g
     mine = (g < GROUP)[:, None] & (c < h)[None, :]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
     acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
     largest = tl.full((BG,), float("-inf"), tl.float32)
-    for s0 in range(start, end, BS):
+    for s0 in range(start, stop, BS):
         s = s0 + tl.arange(0, BS)
         at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
-        inside = (s < end)[:, None] & (c < h)[None, :]
+        inside = (s < stop)[:, None] & (c < h)[None, :]
         keys, values = tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
         scores = dot(queries, tl.trans(keys)) * scale
-        scores = tl.where((s < end)[None, :], scores, float("-inf"))
+        scores = tl.where((s < stop)[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
         acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
@@ -1362,7 +1367,7 @@ def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.c
 
 
 @operator
-def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | None = None) -> Tensor:
+def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
     # About 512 programs in all, at most 64 parts, and no part shorter than 128 positions of a full cache
@@ -1371,7 +1376,7 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, length: Tensor, window: int | N
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | early_start()
     c = config("past", BS=max(16, 2**15 // (block(h) * k.element_size())))  # keys and values of at most 32 KB each
     launch(
-        past_kernel, (splits, B * Hk), q.contiguous(), k, v, length, partial, S, 1 / math.sqrt(h), window or S,
+        past_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
     )  # fmt: skip
     launch(join_kernel, (B * Hq,), partial, out, **shape, num_warps=4, num_stages=1)

@@ -22,8 +22,8 @@ import torch
 
 from data.tokenizer import load_tokenizer
 from zaya import (
-    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, literal, parse_flags, pyplot, stop_in_one_line, token_costs,
-    watts,
+    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, literal, parse_flags, positions_seen, pyplot,
+    stop_in_one_line, token_costs, watts,
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ class Speed:
         )
         past = min(self.prompt_tokens + self.count / 2, c.max_position_embeddings)
         number = self.model.head.element_size()
-        return size + B * c.positions_seen(past) * 2 * c.num_key_value_heads * c.head_dim * number
+        return size + B * positions_seen(c, past) * 2 * c.num_key_value_heads * c.head_dim * number
 
     def report(self):
         """One line."""

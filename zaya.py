@@ -11,13 +11,13 @@ Its three ideas, in the order in which you meet them below:
 
 Sources: [R] ZAYA1-8B Technical Report, arXiv 2605.05365. [C] Compressed Convolutional Attention, arXiv 2510.04476.
 [T] ZayaForCausalLM of `transformers`, to which this file is numerically equal (tests/test_parity.py).
-[Z] Zyphra's own training code. Where they differ, a comment says which one we follow.
+[Z] Zyphra's original code, which wrote the legacy checkpoints. Where they differ, a comment says which one we follow.
 
 Shapes, one letter each:
   B batch         T time (tokens)          S time with the cache's past    N = B * T
   D width         H heads = Hq + Hk        h head size                     C = H * h channels of queries and keys
   L layers        E experts                F expert width                  R router width      V vocabulary
-  P columns: how many tokens before the current one CCA's two convolutions see
+  P past tokens: how many before the current one CCA's two convolutions see
 
 linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
 configuration chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is
@@ -103,23 +103,15 @@ class ZayaConfig:
         return all(getattr(self, name) == value for name, value in ZAYA1.items())
 
     @property
-    def has_block_of_zaya1(self):  # whatever attention is in it
+    def is_zaya1_but_for_attention(self):
         return all(getattr(self, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
 
     @property
     def rotary_dim(self):
         return int(self.head_dim * self.partial_rotary_factor)
 
-    def positions_seen(self, context, mean=False):
-        """How many positions a token after `context` others attends to, summed over the layers; mean: of all up to
-        there."""
-        sliding = self.layer_types.count("hybrid_sliding")
-        window = min(context, self.sliding_window or context)
-        full, part = (context / 2, window - window**2 / (2 * context)) if mean else (context, window)
-        return (self.num_hidden_layers - sliding) * full + sliding * part
-
     @property
-    def past_columns(self):  # how many tokens back the two convolutions look
+    def past_tokens(self):  # P
         return (self.cca_time0 - 1) + (self.cca_time1 - 1)
 
 
@@ -232,7 +224,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     """Everything between the projections and the attention ([C] II-B, steps 2 to 7).
 
     qkv        [q0 | k0 | v_current | v_delayed] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
-    past       the P columns of [q0 | k0] before these (B, P, C), zeros at the start of a text
+    past       [q0 | k0] of the P tokens before these (B, P, C), zeros at the start of a text
     v_before   the v_delayed of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
@@ -283,6 +275,11 @@ def visible(first_query, first_key, end, window, device):
     return ago >= 0 if window is None else (ago >= 0) & (ago < window)
 
 
+def decodes(x, cache):
+    """Whether x (B, T, ...) is of one new token a text after a cache's, without a gradient."""
+    return cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+
+
 class CCA(nn.Module):
     """The projections of Compressed Convolutional Attention and its two convolutions [C] II-B."""
 
@@ -295,7 +292,7 @@ class CCA(nn.Module):
         self.k_proj = nn.Linear(D, k_size, bias=False)
         self.v_proj_current = nn.Linear(D, k_size // 2, bias=False)
         self.v_proj_delayed = nn.Linear(D, k_size // 2, bias=False)
-        self.past_columns = config.past_columns
+        self.past_tokens = config.past_tokens
         self.conv_qk_depthwise = nn.Conv1d(C, C, config.cca_time0, groups=C)
         self.conv_qk_grouped = nn.Conv1d(C, C, config.cca_time1, groups=C // h)
 
@@ -305,12 +302,12 @@ class CCA(nn.Module):
             return cache.projection
         return torch.cat([part.weight for part in self.children() if isinstance(part, nn.Linear)])
 
-    def before(self, qkv, cache):
+    def take_past(self, qkv, cache):
         """past and v_before, as cca takes them; a cache then remembers qkv."""
         if cache is not None:
             return cache.remember(qkv)
         B, late = len(qkv), self.v_proj_delayed.out_features
-        return qkv.new_zeros(B, self.past_columns, qkv.shape[2] - 2 * late), qkv.new_zeros(B, 1, late)
+        return qkv.new_zeros(B, self.past_tokens, qkv.shape[2] - 2 * late), qkv.new_zeros(B, 1, late)
 
     def forward(self, x, temp, cos, sin, cache):
         """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h), or None where cca_step has put them into the cache."""
@@ -319,9 +316,9 @@ class CCA(nn.Module):
     def mix(self, qkv, temp, cos, sin, cache):
         """qkv (B, T, C + Hk * h), the projection's result -> what forward returns."""
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
-        if cache is not None and qkv.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
+        if decodes(qkv, cache):
             return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
-        return cca(qkv, *self.before(qkv, cache), *convolutions, temp, cos, sin)
+        return cca(qkv, *self.take_past(qkv, cache), *convolutions, temp, cos, sin)
 
 
 class Attention(nn.Module):
@@ -347,9 +344,9 @@ class Attention(nn.Module):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
         if cache is not None and k is not None:  # or cca_step has put them there
             k, v = cache.append(k, v)
-        if cache is None or q.shape[1] > 1 or torch.is_grad_enabled():
-            return attend(q, k, v, self.window)
-        return attend_past(q, cache.k, cache.v, cache.end, self.window)  # decoding
+        if decodes(q, cache):
+            return attend_past(q, cache.k, cache.v, cache.end, self.window)
+        return attend(q, k, v, self.window)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,8 +421,12 @@ def choose(probabilities, balancing_biases):
     and through that one number alone the gradient reaches the router.
     """
     choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
-    counts = (choice[:, None] == torch.arange(len(balancing_biases), device=choice.device)).sum(dim=0)
-    return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, counts
+    return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, tally(choice, len(balancing_biases))
+
+
+def tally(choice, classes):
+    """How many tokens chose each class. (For bincount a GPU would wait for the host.)"""
+    return (choice[:, None] == torch.arange(classes, device=choice.device)).sum(dim=0)
 
 
 class Experts(nn.Module):
@@ -440,7 +441,7 @@ class Experts(nn.Module):
 
 class MixtureOfExperts(nn.Module):
     """Top-1 routing without a capacity limit (others cap the tokens that an expert may get, and drop the rest): every
-    token is served. On a GPU every shape is static."""
+    token is served. By kernels, or in bf16 on a GPU, every shape is static."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -459,25 +460,24 @@ class MixtureOfExperts(nn.Module):
         choice E, the skip class."""
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
-        # Two shorter ways to the same result: for few tokens, this one, and on a CPU, the next.
-        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
+        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():  # dispatch, experts and combine in one
             return experts_of_few(x, probability, choice, gate_up, down)
         # A skipped token gets zeros, as in [T] ([Z] adds its share of x): the last expert's result, times 0.
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
         choice = choice.clamp_max(self.num_experts - 1)
-        if x.device.type == "cpu" and not on_kernels(x):
+        if x.device.type == "cpu" and not on_kernels(x):  # the three in fewer passes over memory
             return experts_on_cpu(x, probability, choice, gate_up, down)
-        x, positions, offsets = dispatch(x, choice, self.num_experts)
-        return combine(experts(x, gate_up, down, offsets), positions, probability)
+        x, place, offsets = dispatch(x, choice, self.num_experts)
+        return combine(experts(x, gate_up, down, offsets), place, probability)
 
 
 @has_kernel
 def dispatch(x, choice, num_experts):
     """Bring the tokens of each expert together: x (N, D) and choice (N), each below num_experts
-    -> x sorted by expert (N, D), positions: the row that each token has there (N), where each expert's rows end (E)."""
+    -> x sorted by expert (N, D), place: the row that each token has there (N), where each expert's rows end (E)."""
     order = choice.argsort(stable=True)
-    offsets = (choice[:, None] == torch.arange(num_experts, device=x.device)).sum(dim=0).cumsum(dim=0)
-    return Permute.apply(x, order), inverse(order), offsets.to(torch.int32)
+    offsets = tally(choice, num_experts).cumsum(dim=0, dtype=torch.int32)
+    return Permute.apply(x, order), inverse_permutation(order), offsets
 
 
 @has_kernel
@@ -488,9 +488,9 @@ def experts(x, gate_up, down, offsets):
 
 
 @has_kernel
-def combine(y, positions, probability):
+def combine(y, place, probability):
     """Every token's result back from its row, times its probability (N). y (N, D) -> (N, D)."""
-    return Permute.apply(y, positions) * probability[:, None].to(y.dtype)
+    return Permute.apply(y, place) * probability[:, None].to(y.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,10 +668,10 @@ class Zaya(nn.Module):
                 read = max(1, context // 2) if cache else context
                 tokens = torch.cat([tokens, *new], dim=1)[:, -read:]
                 cache, new = self.new_cache(len(tokens), min(context, tokens.shape[1] + max_new_tokens - count)), []
-                token, next_token = pick(self.hidden_states(tokens, cache)[:, -1]), None
+                token, step = pick(self.hidden_states(tokens, cache)[:, -1]), None
             else:
-                next_token = next_token or self.decoder(cache, pick)
-                token = next_token(token)
+                step = step or self.decoder(cache, pick)
+                token = step(token)
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
                 ended |= token == eos_token_id
@@ -690,7 +690,7 @@ class Zaya(nn.Module):
             return lambda token: pick(decoder.step(token))
 
         by_kernels = on_kernels(cache.end)
-        alone = by_kernels and len(cache.layers[0].k) == 1 and self.config.has_block_of_zaya1
+        alone = by_kernels and len(cache.layers[0].k) == 1 and self.config.is_zaya1_but_for_attention
 
         def step(token):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
@@ -802,22 +802,22 @@ class LayerCache:
 
         Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
-        self.past_columns, self.C, self.late = config.past_columns, (Hq + Hk) * h, Hk * h // 2
-        self.recent = zeros(max(self.past_columns, 1) + 1, self.C + 2 * self.late)
+        self.past_tokens, self.C, self.late = config.past_tokens, (Hq + Hk) * h, Hk * h // 2
+        self.recent = zeros(max(self.past_tokens, 1) + 1, self.C + 2 * self.late)
         self.positions = None  # of the newest tokens (T); Cache.advance sets these and length
         self.projection = None  # CCA.projection's result: while a cache lives, no weight changes
 
-    def before(self, position):
+    def past_at(self, position):
         """What cca calls past and v_before, of the tokens before a position."""
-        size, P = self.recent.shape[1], self.past_columns
+        size, P = self.recent.shape[1], self.past_tokens
         rows = self.recent[:, (position - torch.arange(size - 1, 0, -1, device=self.end.device)) % size]
         return rows[:, size - 1 - P :, : self.C], rows[:, -1:, -self.late :]
 
     def remember(self, qkv):
         """Take in qkv (B, T, C + Hk * h) of the newest tokens; return past and v_before."""
-        before, size = self.before(self.positions[0]), self.recent.shape[1]
+        past, size = self.past_at(self.positions[0]), self.recent.shape[1]
         self.recent.index_copy_(1, self.positions[-size:] % size, qkv[:, -size:])
-        return before
+        return past
 
     def append(self, k, v):
         """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all, (B, S, Hk, h) each."""
@@ -904,10 +904,10 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 
 
 @has_kernel
-def attend_past(q, k, v, length, window=None):
-    """The attention of one new token a text, q (B, 1, Hq, h), over the first `length` positions (an int32 tensor that
-    lies where q does) of a cache's k and v (B, max_len, Hk, h), of which it is the last -> (B, 1, Hq * h)."""
-    return attend(q, k[:, : int(length)], v[:, : int(length)], window)
+def attend_past(q, k, v, end, window=None):
+    """The attention of one new token a text, q (B, 1, Hq, h), over a cache's k and v (B, max_len, Hk, h), of which the
+    first `end` positions are filled (an int32 tensor that lies where q does), its own the last -> (B, 1, Hq * h)."""
+    return attend(q, k[:, : int(end)], v[:, : int(end)], window)
 
 
 FEW_TOKENS = 16  # up to here, without a gradient, each token's expert is read for it alone
@@ -968,7 +968,7 @@ class Decoder:
         return normed
 
 
-class Product:
+class PreparedProduct:
     """x (B, in) times a weight (out, in), as fast as that comes from memory.
 
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
@@ -991,9 +991,9 @@ class Product:
 
 @has_kernel
 def product(x, weight):
-    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU a Product for one use."""
+    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
     on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-    return Product(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
 
 class DecoderNorm:
@@ -1021,12 +1021,12 @@ class DecoderLayer:
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_columns + 1
-        past, v_before = cache.before(cache.length)
-        self.columns, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
+        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
+        past, v_before = cache.past_at(cache.length)
+        self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
-        self.project = Product(part.projection(cache))
-        self.o_proj = Product(attention.o_proj.weight)
+        self.project = PreparedProduct(part.projection(cache))
+        self.o_proj = PreparedProduct(attention.o_proj.weight)
         w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
         W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
         filters = w.new_zeros(H, taps, h, h)
@@ -1052,8 +1052,8 @@ class DecoderLayer:
         self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
         self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
         self.classes = mlp["out_proj"].weight.t() * root
-        self.gate_up = [Product(weight) for weight in experts.gate_up_proj]
-        self.down = [Product(weight) for weight in experts.down_proj]
+        self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
+        self.down = [PreparedProduct(weight) for weight in experts.down_proj]
 
     @staticmethod
     def merging(scale, norm):
@@ -1072,9 +1072,9 @@ class DecoderLayer:
         qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
         qk = qk.view(B, H, h)
         mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
-        columns = torch.cat([self.columns, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
-        self.columns = columns.narrow(2, 1, columns.shape[2] - 1)
-        x = torch.baddbmm(mean.transpose(0, 1), columns.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
+        seen = torch.cat([self.past, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
+        self.past = seen.narrow(2, 1, seen.shape[2] - 1)
+        x = torch.baddbmm(mean.transpose(0, 1), seen.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
         norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
         x = x * (self.lengths / norm)
         x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
@@ -1083,8 +1083,8 @@ class DecoderLayer:
         self.v.select(2, position).copy_(torch.cat([v_current, self.v_delayed], dim=1).view(B, Hk, h))
         self.v_delayed = v_delayed
         first = max(0, position + 1 - (self.window or position + 1))
-        seen = position + 1 - first
-        k, v = self.k.narrow(2, first, seen), self.v.narrow(2, first, seen)
+        count = position + 1 - first
+        k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
         if B > 1:
             out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
         else:
@@ -1164,7 +1164,7 @@ class PartialCCA(CCA):
             delattr(self, f"conv_qk_{convolution}")
 
     def mix(self, qkv, temp, cos, sin, cache):
-        past, v_before = self.before(qkv, cache)
+        past, v_before = self.take_past(qkv, cache)
         (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
         qk, v_current, v_delayed = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
         mixed = torch.cat([past, qk], dim=1)
@@ -1264,7 +1264,7 @@ def grouped_linear(x, weight, offsets):
     return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), weight.unbind())])
 
 
-def inverse(order):
+def inverse_permutation(order):
     """The permutation that undoes another (N)."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
@@ -1332,7 +1332,7 @@ def places(choice, E):
     """
     counts = choice.bincount(minlength=E)
     fill = -counts % max(1, len(choice) // (4 * E))
-    place = inverse(choice.argsort(stable=True))
+    place = inverse_permutation(choice.argsort(stable=True))
     return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
@@ -1362,7 +1362,7 @@ def attend_in_blocks(q, k, v, window, size=128):
     Without a gradient scores are fp32. With one they are bf16: the larger the temperatures, the coarser.
     """
     (B, T, Hq, h), S, Hk = q.shape, k.shape[1], k.shape[2]
-    group, before = Hq // Hk, S - T
+    group, cached = Hq // Hk, S - T
     q = q.view(B, T, Hk, group, h).permute(0, 2, 3, 1, 4).reshape(B * Hk, group, T, h)
     k, v = k.transpose(1, 2).reshape(B * Hk, S, h), v.transpose(1, 2).reshape(B * Hk, S, h)
     if not torch.is_grad_enabled():
@@ -1370,8 +1370,8 @@ def attend_in_blocks(q, k, v, window, size=128):
     out = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        first, stop = max(0, before + start + 1 - (window or S)), before + end  # the keys that some query sees
-        seen = visible(before + start, first, stop, window, q.device)
+        first, stop = max(0, cached + start + 1 - (window or S)), cached + end  # the keys that some query sees
+        seen = visible(cached + start, first, stop, window, q.device)
         bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")).repeat(group, 1)
         queries = q[:, :, start:end].reshape(B * Hk, -1, h)
         scores = torch.baddbmm(bias, queries, k[:, first:stop].mT, alpha=1 / math.sqrt(h))
@@ -1603,7 +1603,7 @@ def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_posi
 
 
 PRESETS = {
-    # A laptop's CPU, minutes. In 180 s two layers reach 1.48 bits a byte, three 1.55: more tokens beat more layers.
+    # A laptop's CPU, minutes. LAYERS
     "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
     "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU
     "small": replica(1024, 20, 128),  # one GPU or one node
@@ -1964,8 +1964,17 @@ def forward_flops(config, active, context, mean=False):
     already); and in attention, for every key and channel of the queries, 2 for the score and 2 for the values' sum.
     mean: of all tokens up to `context`."""
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    attention = 4 * config.positions_seen(context, mean) * config.num_attention_heads * config.head_dim
+    attention = 4 * positions_seen(config, context, mean) * config.num_attention_heads * config.head_dim
     return 2 * (active + head) + attention
+
+
+def positions_seen(config, context, mean=False):
+    """How many positions a token after `context` others attends to, summed over the layers; mean: of all of these."""
+    sliding = config.layer_types.count("hybrid_sliding")
+    full, window = context, min(context, config.sliding_window or context)
+    if mean:  # the first `window` tokens see half as many
+        full, window = context / 2, window - window / 2 * (window / context)
+    return (config.num_hidden_layers - sliding) * full + sliding * window
 
 
 def pyplot():

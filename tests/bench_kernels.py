@@ -31,7 +31,7 @@ def cases(config, B, T, device, dtype):
         tensor = torch.randn(*shape, device=device, generator=generator) * scale
         return tensor.to(dtype).requires_grad_(grad)
 
-    c, N, P = config, B * T, config.past_columns
+    c, N, P = config, B * T, config.past_tokens
     D, E, F, R, h = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.router_hidden_size, c.head_dim
     Hq, Hk, fp32 = c.num_attention_heads, c.num_key_value_heads, torch.float32
     C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
