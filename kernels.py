@@ -1370,8 +1370,8 @@ def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.c
 def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
-    # About 512 programs in all, at most 64 parts, and no part shorter than 128 positions of a full cache
-    splits = max(1, min(64, next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
+    # About 512 programs in all, as many parts as join_kernel can hold, none shorter than 128 positions of a full cache
+    splits = max(1, min(2**15 // block(h), next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | early_start()
     c = config("past", BS=max(16, 2**15 // (block(h) * k.element_size())))  # keys and values of at most 32 KB each
@@ -1379,7 +1379,8 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None
         past_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
     )  # fmt: skip
-    launch(join_kernel, (B * Hq,), partial, out, **shape, num_warps=4, num_stages=1)
+    warps = 8 if splits * block(h) > 2**13 else 4
+    launch(join_kernel, (B * Hq,), partial, out, **shape, num_warps=warps, num_stages=1)
     return out
 
 

@@ -168,11 +168,11 @@ class Speed:
     def steps_per_s(self):
         return (self.count - 2) / (self.now - self.second)
 
-    def bytes_a_step(self):
-        """Bytes read for one step: all weights but those of idle experts (with even routing), and keys and values
-        half-way through the text."""
+    def bytes_a_step(self, busy=None):
+        """Bytes read for one step: all weights but those of idle experts, and keys and values half-way through the
+        text. busy: the share of a layer's experts that a step reads; None: as if all were equally likely."""
         c, B = self.model.config, self.config.num_samples
-        busy = 1 if c.mlp == "dense" else 1 - (1 - 1 / c.num_experts) ** B
+        busy = 1 if c.mlp == "dense" else busy or 1 - (1 - 1 / c.num_experts) ** B
         size = sum(
             p.numel() * p.element_size() * (busy if ".experts." in name else 1)
             for name, p in self.model.named_parameters()
@@ -190,18 +190,21 @@ class Speed:
         if self.count > 2:
             read, top = self.bytes_a_step() * self.steps_per_s, read_bandwidth(device)
             line += f", {read / 1e9:.3g} GB/s read, {read / top:.0%} of the {top / 1e9:.3g} GB/s to be had"
+            if self.config.num_samples > 1 and self.model.routers:
+                line += " (if all experts are equally busy)"
         line += f", {rate / power:.3g} tokens a joule" if power else ""
         return f"{line}; {device}, {self.config.dtype}"
 
 
 def read_bandwidth(device):
     """Bytes that the device reads from memory in a second: the sum of a vector too large for any cache."""
-    x, best = torch.ones(2**28 if device == "cuda" else 2**26, device=device), math.inf
+    x, best, times = torch.ones(2**28 if device == "cuda" else 2**26, device=device), math.inf, 8
     for _ in range(4):
         start = time.perf_counter()
-        x.sum().item()  # waits
+        sums = [x.sum() for _ in range(times)]
+        sums[-1].item()  # waits
         best = min(best, time.perf_counter() - start)
-    return x.numel() * 4 / best
+    return times * x.numel() * x.element_size() / best
 
 
 class Pieces:

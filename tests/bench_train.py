@@ -76,8 +76,8 @@ def main():
     pieces = max(1, len(tokens) // flags.micro_batch_size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"{name}, torch {torch.__version__}, {dtype}, {len(tokens)} x {context} tokens a step in {pieces} pieces, "
-        f"a large product {product / 1e12:.1f} TFLOP/s"
+        f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {dtype}, "
+        f"{len(tokens)} x {context} tokens a step in {pieces} pieces, a large product {product / 1e12:.1f} TFLOP/s"
     )
     few, ours, weights = tokens[: flags.micro_batch_size], None, None
 
@@ -120,7 +120,7 @@ def main():
         names.save_pretrained(folder, weights)
         theirs = ZayaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
     theirs.set_experts_implementation("grouped_mm")
-    for label, run in {"eager": theirs, "compiled": torch.compile(theirs) if compiled else None}.items():
+    for label, run in {"eager": theirs, "compiled": torch.compile(theirs, dynamic=False) if compiled else None}.items():
         if run is None:
             continue
 
