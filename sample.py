@@ -22,7 +22,7 @@ import torch
 
 from data.tokenizer import load_tokenizer
 from zaya import (
-    KERNELS, ZAYA1, Zaya, choose_device, find_checkpoint, literal, parse_flags, positions_seen, pyplot,
+    KERNELS, ZAYA1, Zaya, as_list, choose_device, find_checkpoint, literal, parse_flags, positions_seen, pyplot,
     stop_in_one_line, token_costs, watts,
 )  # fmt: skip
 
@@ -77,9 +77,12 @@ class SampleConfig:
 
 def read_prompt(prompt):
     """The text that --prompt stands for."""
-    if prompt == "-":
-        return sys.stdin.read()
-    return utf8_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
+    text = sys.stdin.read() if prompt == "-" else utf8_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("--prompt is not UTF-8 text") from None
+    return text
 
 
 def utf8_text(path):
@@ -97,8 +100,7 @@ class Writer:
         self.config, checkpoint = config, find_checkpoint(path)
         self.model = Zaya.from_pretrained(checkpoint, config.device, getattr(torch, config.dtype), config.kernels)
         self.tokenizer = load_tokenizer(checkpoint)
-        eos = self.model.config.eos_token_id
-        self.ends = [] if eos is None else [eos]
+        self.ends = as_list(self.model.config.eos_token_id)
 
     def ids(self, prompt):
         """The prompt's token ids after the model's bos token; with --chat, the turns that the template makes of it.
@@ -115,19 +117,19 @@ class Writer:
             message = f"the prompt has {len(ids)} tokens; the model reads the last {context}, its context"
             print(f"sample.py: {message}", file=sys.stderr)
         if max(ids) >= model.vocab_size:
-            raise ValueError(f"the tokenizer gives the id {max(ids)}, the model knows {model.vocab_size}")
+            raise ValueError(f"the prompt has the token id {max(ids)}, the model knows {model.vocab_size}")
         return ids
 
     def write(self, ids, show=None):
         """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id) is called for each of the
         first text's."""
-        config, eos = self.config, self.ends[-1] if self.ends else None
+        config = self.config
         torch.manual_seed(config.seed)
         tokens = torch.tensor([ids] * config.num_samples, device=config.device)
         rows, open_rows = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
         speed = Speed(self.model, config, len(ids))
         for column in self.model.next_tokens(
-            tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, eos
+            tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, self.ends
         ):
             column = column.tolist()
             open_rows -= {i for i in open_rows if column[i] in self.ends}
@@ -258,6 +260,9 @@ def in_color(text, expert):
 def show_experts(writer, ids, new, layer):
     """Print a text in the colours of a layer's experts, and a legend; draw experts.png."""
     model, tokenizer = writer.model, writer.tokenizer
+    if len(ids + new) > (context := model.config.max_position_embeddings):
+        message = f"the text is longer than the context, {context}: read in other pieces, some choices may be others"
+        print(f"sample.py: {message}", file=sys.stderr)
     chosen, probability = choices(model, ids + new)
     start = len(ids)  # of what was written
     experts = model.config.num_experts
@@ -314,6 +319,8 @@ def draw_experts(pieces, chosen, probability, experts, path):
 def bits_a_byte(writer, text):
     """How many bits each byte of a text takes if the model predicts it, block by block of its context."""
     model, ids = writer.model, writer.tokenizer.encode(text)
+    bos = model.config.bos_token_id
+    ids = ids if bos is None else [bos, *ids]
     if len(ids) < 2:
         raise ValueError("--text is too short to measure anything on")
     context, nats = min(model.config.max_position_embeddings, 2048), 0.0

@@ -87,7 +87,7 @@ class ZayaConfig:
     initializer_range: float = 0.02  # standard deviation of fresh weights
     tie_word_embeddings: bool = True  # the LM head is the embedding
     bos_token_id: int | None = 2  # first token of a text, if any
-    eos_token_id: int | None = 106  # ends a text, if any
+    eos_token_id: int | list[int] | None = 106  # ends a text, if any; some models have several
     pad_token_id: int | None = 0  # fills short rows of a batch, if any; not used here
     attention: str = "cca"  # "cca", or a conventional "gqa" or "mha" (Hq = Hk = D / h) to compare with
     mlp: str = "moe"  # "moe", or "dense": one SwiGLU of width F and no router, to compare with
@@ -661,6 +661,7 @@ class Zaya(nn.Module):
             return sample(self.logits(hidden), temperature, top_k, top_p)
 
         context, cache, new = self.config.max_position_embeddings, None, []
+        ends = torch.tensor(as_list(eos_token_id), dtype=torch.int64, device=tokens.device)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for count in range(max_new_tokens):
             if cache is None or cache.length == cache.max_len:
@@ -672,13 +673,13 @@ class Zaya(nn.Module):
             else:
                 step = step or self.decoder(cache, pick)
                 token = step(token)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended |= token == eos_token_id
+            if len(ends):
+                token = token.masked_fill(ended, ends[0])
+                ended |= torch.isin(token, ends)
             new.append(token[:, None])
             yield token
             # Asking a GPU means waiting for it: there every 16th token is often enough.
-            if eos_token_id is not None and (not token.is_cuda or count % 16 == 15) and ended.all():
+            if len(ends) and (not token.is_cuda or count % 16 == 15) and ended.all():
                 return
 
     def decoder(self, cache, pick):
@@ -705,14 +706,15 @@ class Zaya(nn.Module):
         """Continue tokens (B, T), T >= 1, by up to max_new_tokens -> (B, T + n).
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the fewest that hold that much probability.
-        A text that has met eos_token_id is filled with it; when all have, generation ends. Of a prompt longer than
-        max_position_embeddings only the end is read. Uses PyTorch's global random state.
+        A text that has met eos_token_id, or one of a list of them, is filled with the first; when all have, generation
+        ends. Of a prompt longer than max_position_embeddings only the end is read. Uses PyTorch's global random state.
         """
         T = tokens.shape[1]
         new = self.next_tokens(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)
         tokens = torch.cat([tokens, *[token[:, None] for token in new]], dim=1)
-        if eos_token_id is not None:  # on a GPU some may have come after the last text's end
-            unended = int((tokens[:, T:] != eos_token_id).any(dim=0).sum())  # steps in which some text had not ended
+        ends = torch.tensor(as_list(eos_token_id), dtype=torch.int64, device=tokens.device)
+        if len(ends):  # on a GPU some tokens may have come after the last text's end
+            unended = int((~torch.isin(tokens[:, T:], ends)).any(dim=0).sum())  # steps in which some text had not ended
             tokens = tokens[:, : T + unended + 1]
         return tokens
 
@@ -739,10 +741,7 @@ class Zaya(nn.Module):
         """
         path = find_checkpoint(path)
         config = read_config(path)
-        files = sorted(path.glob("model*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{path} has no model.safetensors")
-        headers = {file: safetensors_header(file) for file in files}
+        headers = {file: safetensors_header(file) for file in weight_files(path)}
         stored = {name: kind for entries, _ in headers.values() for name, (kind, *_) in entries.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
@@ -764,6 +763,8 @@ class Zaya(nn.Module):
         for file, header in headers.items():
             for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
+                if place == "lm_head.weight" and self.config.tie_word_embeddings:
+                    continue  # the embedding once more
                 if place not in missing:
                     raise ValueError(f"{file} holds a tensor that this model does not have, {name}")
                 target = missing.pop(place)
@@ -1557,6 +1558,8 @@ def complete(config):
     for name in [f.name for f in fields(config) if f.type is int]:
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"{name} must be at least 1 and below 2^31, not {getattr(config, name)}")
+    if not 0 <= (config.bos_token_id or 0) < 2**31:
+        raise ValueError(f"bos_token_id must be 0 or more and below 2^31, not {config.bos_token_id}")
     Hq, Hk = config.num_attention_heads, config.num_key_value_heads
     if Hq % Hk:
         raise ValueError(f"num_attention_heads {Hq} is no multiple of num_key_value_heads {Hk}")
@@ -1585,6 +1588,11 @@ def complete(config):
         config.cca_time0 = 1
     if "grouped" in without:
         config.cca_time1 = 1
+
+
+def as_list(ids):
+    """The ids that a config's *_token_id stands for: none, one or several."""
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
 def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_position_embeddings=4096):
@@ -1642,8 +1650,11 @@ def config_to_json(config, dtype="float32"):
 
 def read_config(checkpoint):
     """The ZayaConfig of a checkpoint's folder. Raises ValueError, in one line, if it has none."""
+    values, generation = read_json(checkpoint / "config.json"), checkpoint / "generation_config.json"
+    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        values["eos_token_id"] = eos  # as in transformers, where this file has the last word
     try:
-        return config_from_json(read_json(checkpoint / "config.json"))
+        return config_from_json(values)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:  # what must be there is not, or is a word
         raise ValueError(f"{checkpoint / 'config.json'} is no ZAYA1's: {error!r}") from None
 
@@ -1659,6 +1670,8 @@ def config_from_json(values):
     if "moe_router_topk" in values or "zaya_layers" in values:
         return legacy_config(values)
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
+    for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"):
+        known.pop(name, None)  # these count, in transformers as here, in rope_parameters alone
     ropes = values.get("rope_parameters") or {}
     if "rope_theta" in ropes and "hybrid" not in ropes:
         raise ValueError("config.json has one rope_theta for all types of layer; only one for each is known here")
@@ -1667,7 +1680,10 @@ def config_from_json(values):
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
-        known |= {"partial_rotary_factor": rope["partial_rotary_factor"]} if "partial_rotary_factor" in rope else {}
+        if "partial_rotary_factor" in rope and layer_type in (values.get("layer_types") or ["hybrid"]):
+            factor = rope["partial_rotary_factor"]
+            if known.setdefault("partial_rotary_factor", factor) != factor:
+                raise ValueError("config.json has two partial_rotary_factors; only one for all layers is known here")
     for field in fields(ZayaConfig):
         kinds = [get_origin(kind) or kind for kind in get_args(field.type) or (field.type,)]
         kinds += [int] if float in kinds else []
@@ -1689,7 +1705,8 @@ def legacy_config(values):
                 return numbers[0]  # the other half-layers have 0
         return default
 
-    half_layers = next((len(value) for value in values.values() if isinstance(value, list) and len(value) > 2), None)
+    lists = [value for name, value in values.items() if isinstance(value, list) and name != "eos_token_id"]
+    half_layers = next((len(value) for value in lists if len(value) > 2), None)
     layers = (half_layers or values["num_hidden_layers"]) // 2
     if first("moe_router_topk", default=1) != 1:
         raise ValueError(f"config.json has moe_router_topk {values['moe_router_topk']}; only 1 is known here")
@@ -1777,6 +1794,20 @@ def find_checkpoint(path):
     return checkpoints[-1]
 
 
+def weight_files(checkpoint):
+    """The safetensors files in a checkpoint's folder: one, or its index's, or all. FileNotFoundError if one is missing.
+    """
+    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else []
+    files = [checkpoint / name for name in sorted(set(listed))] or sorted(checkpoint.glob("model*.safetensors"))
+    for file in files or [single]:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing")
+    return files
+
+
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
@@ -1805,8 +1836,11 @@ def safetensors_header(path):
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError("this is Git LFS's pointer to it; git lfs pull brings the file itself")
+            (length,) = struct.unpack("<Q", start)
+            header = json.loads(file.read(min(length, size)))
             header.pop("__metadata__", None)
             entries = {name: (DTYPES[e["dtype"]], list(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
             end = 8 + length + max((stop for *_, stop in entries.values()), default=0)

@@ -93,16 +93,20 @@ class ForeignTokenizer:
             raise ValueError(f"{folder}/tokenizer.json: {error}") from None
         self.backend.encode_special_tokens = True  # misleading name: it stops special tokens being found in a text
         self.backend.no_truncation()
-        config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
-        self.name = config.get("name") or folder.resolve().name
-
-        def id_of(name):
-            token = config.get(name)
-            token = token["content"] if isinstance(token, dict) else token
-            return self.backend.token_to_id(token) if token else None
-
-        self.bos, self.eot = id_of("bos_token"), id_of("eos_token")
+        try:
+            config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+            self.name = config.get("name") or folder.resolve().name
+            self.bos, self.eot = self.id_of(config.get("bos_token")), self.id_of(config.get("eos_token"))
+            template = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template")
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{folder}/tokenizer_config.json is damaged: {error!r}") from None
+        self.template = template if isinstance(template, str) else ""  # some have several
         self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def id_of(self, token):
+        """The id of a special token as a tokenizer_config.json writes it; None for none."""
+        token = token["content"] if isinstance(token, dict) else token
+        return self.backend.token_to_id(token) if token else None
 
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -120,25 +124,25 @@ class ForeignTokenizer:
         """A chat's first turn and the beginning of its second, after bos where the template has it
         -> (ids, the id that ends the answer).
 
-        A question with special tokens in it is taken for a rendered chat. ValueError for a template not known here.
+        A question that begins turns itself (where none are known here: that has any special token) is taken for a
+        rendered chat. ValueError for a template not known here.
         """
         special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        template = self.files.get("chat_template.jinja", b"").decode()
-        template = template or json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template") or ""
-        known = [turns for turns in TURNS if turns[0] in template and {*turns[:2]} <= set(special)]
-        if any(token in question for token in special):
+        known = [turns for turns in TURNS if turns[0] in self.template and {*turns[:2]} <= set(special)]
+        if any(mark in question for mark in ([known[0][0]] if known else special)):
             self.backend.encode_special_tokens = False
             ids = self.encode(question)
             self.backend.encode_special_tokens = True
             return ids, special[known[0][1]] if known else self.eot
-        if not known or not is_plain(template, known[0]):
+        if not known or not is_plain(self.template, known[0]):
             raise ValueError(
                 f"the chat template of {self.name} is no plain one: let transformers' apply_chat_template render the "
                 "chat, and give --chat what it returns"
             )
         begin, end, role = known[0]
-        bos = [self.bos] if "bos_token" in template and self.bos is not None else []
-        turns = [begin, f"user\n{question.strip()}", end, "\n", begin, f"{role}\n"]
+        bos = [self.bos] if "bos_token" in self.template and self.bos is not None else []
+        question = question.strip() if re.search(r"\btrim\b|\.strip\(", self.template) else question
+        turns = [begin, f"user\n{question}", end, "\n", begin, f"{role}\n"]
         ids = [i for part in turns for i in ([special[part]] if part in special else self.encode(part))]
         return bos + ids, special[end]
 
@@ -168,13 +172,21 @@ def load_tokenizer(name_or_folder):
 
 
 def is_plain(template, turns):
-    """Whether a chat template (Jinja) writes turns and no more. A tag of another kind, or a sentence, in what it quotes
-    would be thoughts, tools or a system's prompt."""
+    """Whether a chat template (Jinja) writes turns and no more: among what stands outside of its tags and what it
+    quotes in them are both marks, each with its line break, and beside them the names of roles and of their fields.
+    Anything else would be thoughts, tools or a system's prompt."""
+    begin, end, role = turns
     template = re.sub(r"raise_exception\(.*?\)", "", template)
-    quoted = "".join(a or b for a, b in re.findall(r"'([^']*)'" + '|"([^"]*)"', template))
-    for mark in turns[:2]:
-        quoted = quoted.replace(mark, "")
-    return not re.search(r"<[^>]+>|\w \w+ \w", quoted)
+    outside = re.sub(r"\{([{%#]).*?[}%#]\}", "", template, flags=re.DOTALL)
+    written = [outside, *(a or b for a, b in re.findall(r"'([^']*)'" + '|"([^"]*)"', template))]
+    written = [part.replace("\\n", "\n") for part in written]
+    together = "".join(written)
+    if not re.search(re.escape(f"{begin}{role}\n") + r"(?!\n)", together) or f"{end}\n" not in together:
+        return False
+    if re.search(r"[^-]\}\}\s+(?!\{.-)\S", template):  # white space after an expression is written, too
+        return False
+    known = "|".join(map(re.escape, (begin, end))) + r"|\b(user|assistant|model|system|role|content)\b"
+    return not re.sub(known, "", " ".join(written)).strip()
 
 
 def char_tokenizer(texts):

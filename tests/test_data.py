@@ -188,10 +188,39 @@ def test_turns_are_what_transformers_makes_of_the_template(tmp_path):
     assert bos not in ours.encode(rendered)  # elsewhere special tokens in a text stay text
 
 
-@pytest.mark.parametrize("more", ["{{ '<think>\n' }}", "{{ 'You are a helpful assistant' }}", '{{ "<tools>" }}'])
-def test_a_template_that_does_more_is_left_to_transformers(tmp_path, more):
+def test_a_special_token_in_a_question_is_text(tmp_path):
+    """...and does not make it a rendered chat; white space around it goes only where the template trims."""
+    tokenizer = load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(" | trim", "")))
+    ids, _ = tokenizer.turns(" what is <eos>?")
+    assert tokenizer.decode(ids) == "<bos><start_of_turn>user\n what is <eos>?<end_of_turn>\n<start_of_turn>model\n"
+    assert tokenizer.eot not in ids
+
+
+@pytest.mark.parametrize(
+    "plain, other",
+    [
+        ("model\n'}}", "model\n'}}{{ '<think>\n' }}"),
+        ("model\n'}}", "model\n'}}<think>"),
+        ("model\n'}}", "model\n\n'}}"),
+        ("{% for", "{{ 'You are a helpful assistant' }}{% for"),
+        ("{% for", "Be helpful.{% for"),
+        ("{% for", '{{ "<tools>" }}{% for'),
+        ("{{ bos_token }}", "{{ bos_token }}\n"),
+        ("model", "assistant"),
+        ("<end_of_turn>\n", "<end_of_turn>"),
+    ],
+)
+def test_a_template_that_does_more_is_left_to_transformers(tmp_path, plain, other):
+    assert plain in PLAIN
     with pytest.raises(ValueError, match="apply_chat_template"):
-        load_tokenizer(chatting(tmp_path / "chat", PLAIN + more)).turns("a")
+        load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(plain, other))).turns("a")
+
+
+@pytest.mark.parametrize("config", ["", "[]", '{"bos_token": 5}'])
+def test_a_damaged_tokenizer_config_is_named(tmp_path, config):
+    (chatting(tmp_path / "chat", PLAIN) / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match="tokenizer_config.json"):
+        load_tokenizer(tmp_path / "chat")
 
 
 def test_reordered_merges_are_not_taken_for_ours(tmp_path):

@@ -424,6 +424,14 @@ def test_generation_ends_when_all_texts_have():
     assert model.generate(tokens, 20, temperature=0, eos_token_id=eos)[0, 5:].tolist() == free[: free.index(eos) + 1]
 
 
+def test_any_of_several_ends_ends_a_text():
+    model, tokens = random_model(), random_tokens(1, 5)
+    free = model.generate(tokens, 20, temperature=0)[0, 5:].tolist()
+    ends = [free[8], free[12]]
+    text = model.generate(tokens, 20, temperature=0, eos_token_id=ends)[0, 5:].tolist()
+    assert text == free[: min(map(free.index, ends)) + 1]
+
+
 @pytest.mark.parametrize("kind", ["eager", "decoder"])
 def test_a_prompt_that_fills_the_context(kind, monkeypatch):
     """The first new token comes from a full cache; the second from the second half, read again."""
@@ -725,7 +733,7 @@ def test_impossible_configurations_say_so_in_one_line(bad):
     "foreign",
     [
         {"model_type": "llama"},
-        {"eos_token_id": [1, 106]},
+        {"eos_token_id": "1"},
         {"hidden_size": None},
         {"vocab_size": "many"},
         {"cca_time0": 2.5},
@@ -734,6 +742,7 @@ def test_impossible_configurations_say_so_in_one_line(bad):
         {"attention_bias": True},
         {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"bos_token_id": -1},
         {"rms_norm_eps": "1e-5"},
         {"tie_word_embeddings": "false"},
         {"hidden_size": True},
@@ -868,6 +877,65 @@ def test_wrong_tensor_is_named(checkpoint, damage):
     damage(tensors, name)
     save_safetensors(path / "model.safetensors", tensors)
     assert name in refused(path)
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+
+
+def test_rope_counts_where_transformers_reads_it(checkpoint):
+    """In rope_parameters, not beside them; and of layer types that the model has."""
+    path, _ = checkpoint
+    before = zaya.read_config(path)
+    ropes = config_to_json(before)["rope_parameters"]
+    ropes["hybrid_sliding"]["partial_rotary_factor"] = 1.0
+    rewrite(path / "config.json", rope_theta=3.0, partial_rotary_factor=0.25, rope_parameters=ropes)
+    assert zaya.read_config(path) == before
+    rewrite(path / "config.json", num_hidden_layers=2, layer_types=["hybrid_sliding", "hybrid"], sliding_window=4)
+    with pytest.raises(ValueError, match="two partial_rotary_factors"):
+        zaya.read_config(path)
+
+
+def test_the_last_word_on_the_end_of_a_text(checkpoint):
+    """...has generation_config.json, as in transformers; a list of ends comes through."""
+    path, _ = checkpoint
+    rewrite(path / "config.json", eos_token_id=[3, 4])
+    assert zaya.read_config(path).eos_token_id == [3, 4]
+    rewrite(path / "generation_config.json", eos_token_id=None)
+    assert zaya.read_config(path).eos_token_id == [3, 4]
+    rewrite(path / "generation_config.json", eos_token_id=[5, 6, 7])
+    Zaya.from_pretrained(path).save_pretrained(path / "again")
+    assert zaya.read_config(path / "again").eos_token_id == [5, 6, 7]
+
+
+def test_a_tied_head_may_be_stored(checkpoint):
+    path, tensors = checkpoint
+    save_safetensors(path / "model.safetensors", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert Zaya.from_pretrained(path).head.equal(tensors["model.embed_tokens.weight"])
+
+
+def test_shards_by_their_index(checkpoint):
+    """A missing one is named; once a whole file lies beside them, that counts."""
+    path, tensors = checkpoint
+    names, whole = sorted(tensors), path / "model.safetensors"
+    whole.unlink()
+    save_safetensors(path / "model-1.safetensors", {name: tensors[name] for name in names[::2]})
+    rewrite(
+        path / "model.safetensors.index.json",
+        weight_map={n: f"model-{1 + i % 2}.safetensors" for i, n in enumerate(names)},
+    )
+    with pytest.raises(FileNotFoundError, match="model-2.safetensors is missing"):
+        Zaya.from_pretrained(path)
+    save_safetensors(path / "model-2.safetensors", {name: tensors[name] for name in names[1::2]})
+    model = Zaya.from_pretrained(path)
+    model.save_pretrained(path)
+    assert all(a.equal(b) for a, b in zip(Zaya.from_pretrained(path).parameters(), model.parameters()))
+
+
+def test_a_pointer_is_not_the_file(checkpoint):
+    path, _ = checkpoint
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refused(path)
 
 
 def test_missing_and_damaged_files_are_named(checkpoint):

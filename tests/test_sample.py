@@ -194,10 +194,11 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
 
 
 def test_bits_a_byte_are_those_of_the_loss(finished):
-    """A text of one block: the loss times the tokens foretold, over their bytes."""
+    """A text of one block, after its bos: the loss times the tokens foretold, over their bytes."""
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
     text = "3 times 3 is 9"
-    tokens = torch.tensor([writer.tokenizer.encode(text)])
+    tokens = torch.tensor([writer.ids(text)])
+    assert tokens[0, 0] == writer.tokenizer.eot
     loss = writer.model(tokens[:, :-1], tokens[:, 1:])[1].item()
     assert sample.bits_a_byte(writer, text) == pytest.approx(loss / math.log(2), rel=1e-5)  # a byte a token
 
