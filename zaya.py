@@ -1667,8 +1667,8 @@ def config_from_json(values):
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
-    if "moe_router_topk" in values or "zaya_layers" in values:
-        return legacy_config(values)
+    if ("moe_router_topk" in values or "zaya_layers" in values) and "router_hidden_size" not in values:
+        return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
     known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
     for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"):
         known.pop(name, None)  # these count, in transformers as here, in rope_parameters alone

@@ -896,6 +896,14 @@ def test_rope_counts_where_transformers_reads_it(checkpoint):
         zaya.read_config(path)
 
 
+def test_names_of_both_forms(checkpoint):
+    """...as some programs write them: the native ones count, whole layers too."""
+    path, _ = checkpoint
+    before = zaya.read_config(path)
+    rewrite(path / "config.json", moe_router_topk=1, zaya_mlp_expansion=before.router_hidden_size)
+    assert zaya.read_config(path) == before
+
+
 def test_the_last_word_on_the_end_of_a_text(checkpoint):
     """...has generation_config.json, as in transformers; a list of ends comes through."""
     path, _ = checkpoint
