@@ -1002,8 +1002,9 @@ def resolve_flags(given):
         return given, False
     saved = read_json(out / "args.json")
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
+    start = None if saved.get("init_from") else PRESETS.get(saved.get("preset"))
     for name, value in given.items():
-        if name in fixed and value != saved.get(name, getattr(TrainConfig, name, None)):
+        if name in fixed and value != saved.get(name, getattr(start, name, None)):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
     return saved | given, True  # with the given --out, for the folder may have been moved
 

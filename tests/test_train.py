@@ -1021,3 +1021,14 @@ def test_a_run_that_explodes_stops_with_what_it_had(tiny, call, tmp_path):
     log = log_of(tmp_path)
     assert log[-1]["loss"] is None and log[-1]["skipped"] == 10 and len(log) < 40
     assert all(Zaya.from_pretrained(path) for path in tmp_path.glob("step-*"))  # whatever was saved is finite
+
+
+@pytest.mark.parametrize("saved, same", [({}, 16), ({"num_experts": 8}, 8)], ids=["the preset's", "a flag's"])
+def test_resume_keeps_the_model(tmp_path, saved, same):
+    """What a flag would change is refused, what it says once more is not."""
+    (tmp_path / "args.json").write_text(json.dumps({"preset": "nano", "init_from": None} | saved))
+    given = {"out": str(tmp_path), "resume": True}
+    assert train.resolve_flags(given | {"num_experts": same, "lr": 0.1})[1]
+    for wrong in {"num_experts": 32}, {"preset": "mini"}, {"init_from": "elsewhere"}:
+        with pytest.raises(ValueError, match="another model"):
+            train.resolve_flags(given | wrong)
