@@ -39,7 +39,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
 # how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
-# gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on 16 x 16 tiles. Two stages (load one step
+# gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32. Two stages (one step
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
 #   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
@@ -967,14 +967,15 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
 
 
-def widest_tile(x):
-    """A bound for the columns of a tile, or None: in fp32 wider ones would spill."""
-    return 128 if x.dtype == torch.float32 else None
+def grouped_config(kernel, x):
+    """In fp32 a tile is smaller: a wider one would spill, and a deeper one has been seen miscompiled for gfx942
+    (triton-lang/triton issue 11696)."""
+    return config(kernel, BN=128, BK=32) if x.dtype == torch.float32 else config(kernel)
 
 
 def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
-    N, c = len(x), config(kernel, BN=widest_tile(x))
+    N, c = len(x), grouped_config(kernel, x)
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
     return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
 
@@ -990,7 +991,7 @@ def grouped_linear(x, weight, offsets):
 
 def grouped_weight_product(grad, x, offsets):
     """The weight's gradient of grouped_linear -> (E, M, K)."""
-    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], config("grouped", BN=widest_tile(x))
+    E, M, K, c = len(offsets), grad.shape[1], x.shape[1], grouped_config("grouped", x)
     out = x.new_empty(E, M, K)
     launch(grouped_weight_kernel, (cdiv(M, c["BM"]) * cdiv(K, c["BN"]), E), grad, x, offsets, out, M, K, **c)
     return out

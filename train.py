@@ -1290,8 +1290,9 @@ def main():
         if record["skipped"]:
             print(f"{record['skipped']} steps were skipped: their loss or gradient was not finite")
         plot(out)
-        farewell(model, tokenizer, config, step)
     ranks.leave()
+    if ranks.first:
+        farewell(model, tokenizer, config, step)
 
 
 def on_stop(action):

@@ -258,13 +258,14 @@ def attend(q, k, v, window=None):
         return attend_in_blocks(q, k, v, window)
     T, S = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if T in (1, S) and (window is None or window >= S):  # only the future is hidden, if there is any
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
-    else:  # is_causal would align the first query with the first key, wrong where S > T
-        mask = visible(S - T, 0, S, window, q.device)
-        if q.is_cuda:  # the fused kernel that takes a mask does not know grouped heads: one key head a query head
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # Without a mask, is_causal aligns the first query with the first key, which is wrong where S > T.
+    only_the_future_is_hidden = T in (1, S) and (window is None or window >= S)
+    mask = None if only_the_future_is_hidden else visible(S - T, 0, S, window, q.device)
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # The fused kernel that takes a mask, or on ROCm fp32, does not know grouped heads: one key head a query head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    causal = mask is None and T > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -441,7 +442,7 @@ class Experts(nn.Module):
 
 class MixtureOfExperts(nn.Module):
     """Top-1 routing without a capacity limit (others cap the tokens that an expert may get, and drop the rest): every
-    token is served. By kernels, or in bf16 on a GPU, every shape is static."""
+    token is served. By kernels every shape is static."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -882,7 +883,7 @@ def captured(step, cache):
             cache.end -= 1
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # the same: libraries keep a handle, made beforehand, for each stream
         after = step(token)
     cache.length -= 1  # capturing ran no kernel; only the CPU's count has moved
 
@@ -1256,8 +1257,8 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. In bf16 on a GPU nothing waits for them; the loop, which takes the other
-    dtypes and the widths that are no multiple of 16 bytes, does.
+    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU nothing waits for them. The loop, which takes
+    the other dtypes and the widths that are no multiple of 16 bytes, does; so does grouped_mm's own on ROCm.
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -1795,8 +1796,7 @@ def find_checkpoint(path):
 
 
 def weight_files(checkpoint):
-    """The safetensors files in a checkpoint's folder: one, or its index's, or all. FileNotFoundError if one is missing.
-    """
+    """A checkpoint's safetensors files: one, or its index's, or all. FileNotFoundError if one is missing."""
     single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -1981,7 +1981,8 @@ def watts(device):
         power = torch.cuda.power_draw(device)
     except Exception:  # the vendors' libraries for it, if they are installed at all, have errors of their own
         return None
-    return (power if torch.version.hip else power / 1000) or None  # AMD's speaks of watts, NVIDIA's of milliwatts
+    in_watts = torch.version.hip and power < 10_000  # as AMD's is up to PyTorch 2.14; others are milliwatts
+    return (power if in_watts else power / 1000) or None
 
 
 def token_costs(config, context):

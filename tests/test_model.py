@@ -669,7 +669,7 @@ def test_a_captured_step_writes_the_same_text(monkeypatch):
                 cache.length -= 1  # a replay runs no Python
 
         @contextmanager
-        def capturing(graph):
+        def capturing(graph, stream):
             yield
             cache.end.sub_(1)
 
