@@ -1002,9 +1002,10 @@ def resolve_flags(given):
         return given, False
     saved = read_json(out / "args.json")
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
-    start = None if saved.get("init_from") else PRESETS.get(saved.get("preset"))
+    own = TrainConfig(**flags_of(TrainConfig, saved))
+    model = None if own.init_from else model_config(own, saved, 1, None)  # but for what the data says
     for name, value in given.items():
-        if name in fixed and value != saved.get(name, getattr(start, name, None)):
+        if name in fixed and value != saved.get(name, getattr(model, name, None)):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
     return saved | given, True  # with the given --out, for the folder may have been moved
 
@@ -1209,13 +1210,13 @@ def main():
 
     asked_to_stop = []
 
-    def stop(number, frame):  # finish the step, save, leave with status 0
+    def on_signal(number, frame):  # finish the step, save, leave with status 0
         if ranks.first and not asked_to_stop:
             with suppress(OSError):  # nobody may be there to read it
                 os.write(2, b"\nstopping after this step\n")
         asked_to_stop.append(number)
 
-    on_stop(stop)
+    on_stop(on_signal)
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)

@@ -1561,6 +1561,8 @@ def complete(config):
             raise ValueError(f"{name} must be at least 1 and below 2^31, not {getattr(config, name)}")
     if not 0 <= (config.bos_token_id or 0) < 2**31:
         raise ValueError(f"bos_token_id must be 0 or more and below 2^31, not {config.bos_token_id}")
+    if not all(type(i) is int and abs(i) < 2**31 for i in as_list(config.eos_token_id)):
+        raise ValueError(f"eos_token_id must be an id or a list of ids, not {config.eos_token_id}")
     Hq, Hk = config.num_attention_heads, config.num_key_value_heads
     if Hq % Hk:
         raise ValueError(f"num_attention_heads {Hq} is no multiple of num_key_value_heads {Hk}")
@@ -1800,8 +1802,11 @@ def weight_files(checkpoint):
     single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     if single.is_file():
         return [single]
-    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else []
-    files = [checkpoint / name for name in sorted(set(listed))] or sorted(checkpoint.glob("model*.safetensors"))
+    weights = read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise ValueError(f"{index} is damaged: its weight_map names no files")
+    files = [checkpoint / name for name in sorted(set(weights.values()))]
+    files = files or sorted(checkpoint.glob("model*.safetensors"))
     for file in files or [single]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")

@@ -97,9 +97,10 @@ class ForeignTokenizer:
             config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
             self.name = config.get("name") or folder.resolve().name
             self.bos, self.eot = self.id_of(config.get("bos_token")), self.id_of(config.get("eos_token"))
-            template = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template")
+            template = config.get("chat_template")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{folder}/tokenizer_config.json is damaged: {error!r}") from None
+        template = self.files.get("chat_template.jinja", b"").decode(errors="replace") or template
         self.template = template if isinstance(template, str) else ""  # some have several
         self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
@@ -141,7 +142,8 @@ class ForeignTokenizer:
             )
         begin, end, role = known[0]
         bos = [self.bos] if "bos_token" in self.template and self.bos is not None else []
-        question = question.strip() if re.search(r"\btrim\b|\.strip\(", self.template) else question
+        trims = re.search(r"content['\"]?\]?\s*(\|\s*trim|\.strip\()", self.template)
+        question = question.strip() if trims else question
         turns = [begin, f"user\n{question}", end, "\n", begin, f"{role}\n"]
         ids = [i for part in turns for i in ([special[part]] if part in special else self.encode(part))]
         return bos + ids, special[end]
@@ -177,16 +179,21 @@ def is_plain(template, turns):
     Anything else would be thoughts, tools or a system's prompt."""
     begin, end, role = turns
     template = re.sub(r"raise_exception\(.*?\)", "", template)
-    outside = re.sub(r"\{([{%#]).*?[}%#]\}", "", template, flags=re.DOTALL)
-    written = [outside, *(a or b for a, b in re.findall(r"'([^']*)'" + '|"([^"]*)"', template))]
-    written = [part.replace("\\n", "\n") for part in written]
-    together = "".join(written)
-    if not re.search(re.escape(f"{begin}{role}\n") + r"(?!\n)", together) or f"{end}\n" not in together:
-        return False
-    if re.search(r"[^-]\}\}\s+(?!\{.-)\S", template):  # white space after an expression is written, too
-        return False
-    known = "|".join(map(re.escape, (begin, end))) + r"|\b(user|assistant|model|system|role|content)\b"
-    return not re.sub(known, "", " ".join(written)).strip()
+    quotes, tag = r"'([^']*)'" + '|"([^"]*)"', re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+    outside, quoted = tag.sub("", template), [a or b for a, b in re.findall(quotes, template)]
+    code = " ".join(tag.findall(re.sub(quotes, "", template)))
+    written = "".join([outside, *quoted]).replace("\\n", "\n")
+    names = f"{re.escape(begin)}|{re.escape(end)}" + r"|\\n|\b(user|assistant|model|system|role|content)\b"
+    return (
+        re.search(re.escape(f"{begin}{role}\n") + r"(?!\n)", written) is not None
+        and f"{end}\n" in written
+        and not re.sub(names, " ", " ".join([outside, *quoted])).strip()
+        # White space that turns do not have, or that stands after an expression
+        and not any(re.search(r" |(\n|\\n)(\n|\\n|" + re.escape(end) + ")", part) for part in quoted)
+        and not re.search(r"[^-]\}\}\s+(?!\{.-)\S", template)
+        # A filter or a method that changes what is written
+        and not re.search(r"\|\s*(?!trim\b)\w|\.(?!strip\(\))\w+\(", code)
+    )
 
 
 def char_tokenizer(texts):

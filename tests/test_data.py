@@ -208,10 +208,13 @@ def test_a_special_token_in_a_question_is_text(tmp_path):
         ("{{ bos_token }}", "{{ bos_token }}\n"),
         ("model", "assistant"),
         ("<end_of_turn>\n", "<end_of_turn>"),
+        ("<end_of_turn>\n", "\n<end_of_turn>\n"),
+        ("<start_of_turn>'", "<start_of_turn> '"),
+        ("+ role", "+ role | upper"),
     ],
 )
 def test_a_template_that_does_more_is_left_to_transformers(tmp_path, plain, other):
-    assert plain in PLAIN
+    assert plain in PLAIN and PLAIN.replace(plain, other) != PLAIN
     with pytest.raises(ValueError, match="apply_chat_template"):
         load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(plain, other))).turns("a")
 

@@ -118,17 +118,20 @@ def test_experts_that_are_idle_or_take_all(rows):
     for way in ("eager", "triton"):
         zaya.use_kernels(way)
         x, gate_up, down, probability = inputs
-        x, positions, offsets = zaya.dispatch(x, choice, E)
-        y = zaya.combine(zaya.experts(x, gate_up, down, offsets), positions, probability)
+        x, place, offsets = zaya.dispatch(x, choice, E)
+        y = zaya.combine(zaya.experts(x, gate_up, down, offsets), place, probability)
         found.append([y, *torch.autograd.grad(y, inputs, torch.ones_like(y))])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("length, window", [(1, None), (2, 1), (129, None), (300, 40), (300, None)])
-def test_attention_sees_the_true_length(length, window):
-    """...and nothing beyond: what the cache still holds there is poison."""
+@pytest.mark.parametrize(
+    "B, S, length, window",
+    [(2, 300, *rest) for rest in ((1, None), (2, 1), (129, None), (300, 40), (300, None))] + [(1, 9000, 8900, None)],
+)
+def test_attention_sees_the_true_length(B, S, length, window):
+    """...and nothing beyond: what the cache still holds there is poison. In four parts, and in 128."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)
+    q, k, v = torch.randn(B, 1, 4, 16), torch.randn(B, S, 2, 16), torch.randn(B, S, 2, 16)
     k[:, length:], v[:, length:] = float("nan"), float("nan")
     found = []
     for way in ("eager", "triton"):

@@ -27,7 +27,7 @@ SMALL = ZayaConfig(
 
 
 def random_model(seed=0, **changes):
-    """A small model whose tokens differ in their expert and whose greedy text is not one word."""
+    """A small model whose tokens differ in their expert; without a tie its greedy text is varied, too."""
     torch.manual_seed(seed)
     model = Zaya(replace(SMALL, **changes))
     with torch.no_grad():
@@ -204,8 +204,8 @@ def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
     choice = torch.repeat_interleave(torch.arange(E), torch.tensor(rows))[torch.randperm(N)]
 
     def three_steps(x, p, gate_up, down):
-        x, positions, offsets = zaya.dispatch(x, choice, E)
-        return zaya.combine(zaya.experts(x, gate_up, down, offsets), positions, p)
+        x, place, offsets = zaya.dispatch(x, choice, E)
+        return zaya.combine(zaya.experts(x, gate_up, down, offsets), place, p)
 
     inputs = torch.randn(N, 9), torch.rand(N), torch.randn(E, 10, 9), torch.randn(E, 9, 5)
     assert_same_gradients(lambda x, p, *w: zaya.experts_on_cpu(x, p, choice, *w), three_steps, *inputs)
@@ -418,18 +418,29 @@ def test_end_of_text_stops_a_row_and_fills_it():
 
 
 def test_generation_ends_when_all_texts_have():
-    model, tokens = random_model(), random_tokens(1, 5)
+    model, tokens = random_model(tie_word_embeddings=False), random_tokens(1, 5)
     free = model.generate(tokens, 20, temperature=0)[0, 5:].tolist()
     eos = free[8]
+    assert free.index(eos) > 4
     assert model.generate(tokens, 20, temperature=0, eos_token_id=eos)[0, 5:].tolist() == free[: free.index(eos) + 1]
 
 
 def test_any_of_several_ends_ends_a_text():
-    model, tokens = random_model(), random_tokens(1, 5)
-    free = model.generate(tokens, 20, temperature=0)[0, 5:].tolist()
-    ends = [free[8], free[12]]
-    text = model.generate(tokens, 20, temperature=0, eos_token_id=ends)[0, 5:].tolist()
-    assert text == free[: min(map(free.index, ends)) + 1]
+    model, tokens = random_model(tie_word_embeddings=False), random_tokens(2, 5)
+    free = model.generate(tokens, 20, temperature=0)[:, 5:].tolist()
+    ends = [free[0][1], free[1][5]]
+    at = [min(row.index(end) for end in ends if end in row) for row in free]
+    texts = model.generate(tokens, 20, temperature=0, eos_token_id=ends)[:, 5:].tolist()
+    assert at[0] < at[1] and free[1][at[1]] == ends[1]
+    assert texts == [row[: i + 1] + [ends[0]] * (max(at) - i) for row, i in zip(free, at)]
+
+
+def test_what_comes_after_the_last_end_is_cut(monkeypatch):
+    """On a GPU generation goes on for some steps when all texts have ended."""
+    columns = [[5, 6], [9, 6], [8, 6], [8, 9], [8, 8], [8, 8]]
+    monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: (torch.tensor(column) for column in columns))
+    text = random_model().generate(random_tokens(2, 3), 20, eos_token_id=[8, 9])
+    assert text[:, 3:].tolist() == [[5, 9, 8, 8], [6, 6, 6, 9]]
 
 
 @pytest.mark.parametrize("kind", ["eager", "decoder"])
@@ -743,6 +754,8 @@ def test_impossible_configurations_say_so_in_one_line(bad):
         {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
         {"bos_token_id": -1},
+        {"eos_token_id": [True]},
+        {"eos_token_id": [[1]]},
         {"rms_norm_eps": "1e-5"},
         {"tie_word_embeddings": "false"},
         {"hidden_size": True},

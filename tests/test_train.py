@@ -650,7 +650,7 @@ def test_a_stop_at_any_moment_changes_nothing(long_run, call, tmp_path, number):
             and f"stopped after step {stopped}" in stdout
             and "--resume" in stdout
         )
-        assert (out / "loss.png").exists()
+        assert (out / "loss.png").exists() and "stopping after this step" in stderr
     done = call(train, "--out", out, "--resume")
     assert done.status == 0, done.stderr
     assert_same_run(out, long_run.out)
@@ -1026,9 +1026,11 @@ def test_a_run_that_explodes_stops_with_what_it_had(tiny, call, tmp_path):
 @pytest.mark.parametrize("saved, same", [({}, 16), ({"num_experts": 8}, 8)], ids=["the preset's", "a flag's"])
 def test_resume_keeps_the_model(tmp_path, saved, same):
     """What a flag would change is refused, what it says once more is not."""
-    (tmp_path / "args.json").write_text(json.dumps({"preset": "nano", "init_from": None} | saved))
+    kept = {"preset": "nano", "init_from": None, "block_size": 32} | saved
+    (tmp_path / "args.json").write_text(json.dumps(kept))
     given = {"out": str(tmp_path), "resume": True}
-    assert train.resolve_flags(given | {"num_experts": same, "lr": 0.1})[1]
-    for wrong in {"num_experts": 32}, {"preset": "mini"}, {"init_from": "elsewhere"}:
+    assert train.resolve_flags(given | {"num_experts": same, "max_position_embeddings": 32, "lr": 0.1})[1]
+    wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
+    for name, value in wrongs.items():
         with pytest.raises(ValueError, match="another model"):
-            train.resolve_flags(given | wrong)
+            train.resolve_flags(given | {name: value})
