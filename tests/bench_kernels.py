@@ -4,6 +4,7 @@
 
 import argparse
 import copy
+import math
 import re
 import statistics
 import subprocess
@@ -229,9 +230,15 @@ def report():
             if gpu:
                 times = []
                 for function in (eager, torch.compile(eager, dynamic=False), kernel):
-                    backward = evaluate(function, args)[1]
-                    work = backward if suffix else lambda: function(*args)
-                    times.append(milliseconds(work, waits=name in WAITING and function is not kernel))
+                    try:
+                        backward = evaluate(function, args)[1]
+                        work = backward if suffix else lambda: function(*args)
+                        times.append(milliseconds(work, waits=name in WAITING and function is not kernel))
+                    except Exception as error:  # one number less, and not all that come after
+                        print(
+                            f"{name + suffix}, column {len(times) + 1}: {(str(error) or repr(error)).splitlines()[0]}"
+                        )
+                        times.append(math.nan)
                 bytes_, operations = costs[2 * i : 2 * i + 2]
                 achieved = bytes_ / times[2] * 1e3, operations / times[2] * 1e3
                 line += f"{times[0]:10.3f}{times[1]:9.3f}{times[2]:9.3f}{times[0] / times[2]:7.2f}   "
