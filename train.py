@@ -26,7 +26,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from shlex import quote
 
@@ -125,6 +125,8 @@ def model_config(config, given, vocab_size, eot):
         raise ValueError(f"--{min(told)} cannot be chosen: it follows from the data")
     if "num_hidden_layers" in changes:
         changes.setdefault("layer_types", None)
+    if "sliding_window" in changes and "hybrid_sliding" not in (changes.get("layer_types") or []):
+        raise ValueError("--sliding_window is for layers that --layer_types calls hybrid_sliding, and there is none")
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     changes.setdefault("max_position_embeddings", config.block_size or start.max_position_embeddings)
     return replace(start, **changes)
@@ -298,9 +300,12 @@ class Clock:
         self.spent[what] += time.perf_counter() - start
 
     def summary(self):
-        p50, p95 = np.percentile(self.steps, (50, 95))
-        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.spent.items())
-        return f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {max(self.steps):.0f} (max); besides: {spent}"
+        (p50, p95), spent = np.percentile(self.steps, (50, 95)), self.spent
+        return (
+            f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {max(self.steps):.0f} (max), waiting for data "
+            f"{spent['data']:.1f} s of all; besides: evaluation {spent['evaluation']:.1f} s, "
+            f"checkpoints {spent['checkpoints']:.1f} s"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +313,8 @@ class Clock:
 
 
 class Tokens:
-    """One of a data folder's two files, cut into blocks. Which block is where in which step follows from the seed
-    alone, so neither the number of ranks nor accumulation nor a resume changes what step s learns from."""
+    """One of a data folder's two files, cut into blocks. Their order follows from the seed alone, so neither the number
+    of ranks nor accumulation nor a resume changes what a step learns from."""
 
     def __init__(self, folder, split, block_size, seed, meta):
         path = folder / f"{split}.bin"
@@ -346,9 +351,9 @@ class Tokens:
             rows = rows.pin_memory().to(device, non_blocking=True)
         return rows[:, :-1].to(device), rows[:, 1:].to(device)
 
-    def training_batch(self, step, batch_size, first, last, device):
-        """Sequences first to last - 1 of the batch_size sequences of a step."""
-        places = [divmod(i, self.per_epoch) for i in range(step * batch_size + first, step * batch_size + last)]
+    def training_batch(self, first, last, device):
+        """Sequences first to last - 1 of all that a run trains on."""
+        places = [divmod(i, self.per_epoch) for i in range(first, last)]
         return self.batch([self.epoch(epoch)[place] for epoch, place in places], device)
 
     def validation_starts(self, sequences):
@@ -839,18 +844,19 @@ class Trials:
         self.name = os.path.commonprefix([run.resolve().name for run in runs]).rstrip("-_.") or runs[0].resolve().name
         logs, flags = [read_log(run) for run in runs], read_json(runs[0] / "args.json")
         self.runs, self.active = len(runs), flags.get("active_parameters")
-        self.mtokens_a_step = flags["batch_size"] * flags["block_size"] / 1e6
+        for entry in chain(*logs):  # older logs have no number of tokens
+            entry.setdefault("tokens", entry["step"] * flags["batch_size"] * flags["block_size"])
         common = set.intersection(*({e["step"] for e in log} for log in logs))
         # A row a step, a run a column.
         self.rows = list(zip(*([e for e in log if e["step"] in common] for log in logs)))
         self.ms_a_step = float(np.median(self.curve("step_ms")[1]))
         self.last_loads = [loads[-1] for log in logs if (loads := [e["load"] for e in log if "load" in e])]
 
-    def curve(self, what):
-        """(steps (n), values (n, runs)) where every run has logged `what`."""
+    def curve(self, what, along="step"):
+        """(steps, or tokens, (n), values (n, runs)) where every run has logged `what`."""
         rows = [row for row in self.rows if all(e.get(what) is not None for e in row)]
         values = np.array([[e[what] for e in row] for row in rows], float).reshape(len(rows), self.runs)
-        return np.array([row[0]["step"] for row in rows]), values
+        return np.array([row[0][along] for row in rows]), values
 
     def at_end(self, what, digits, spread=False):
         """The mean of the last values, and their standard deviation; nothing for what was not logged."""
@@ -863,13 +869,18 @@ class Trials:
 
 def group_runs(runs):
     """Trials of run directories, in their order. Raises FileNotFoundError for what is no run."""
-    groups = {}
+    groups = []  # (flags, {seed: run})
     for run in runs:
         if not (run / "args.json").is_file() or not read_log(run):
             raise FileNotFoundError(f"--plot: {run} holds no run with a log")
-        own = {name: value for name, value in read_json(run / "args.json").items() if name not in ("seed", "out")}
-        groups.setdefault(json.dumps(own, sort_keys=True), []).append(run)
-    return [Trials(group) for group in groups.values()]
+        flags = read_json(run / "args.json") | {"out": None}
+        seed = flags.pop("seed")
+        # Runs of the same seed, too, are no group: something else must differ, the code say
+        group = next((seeds for others, seeds in groups if others == flags and seed not in seeds), None)
+        if group is None:
+            groups.append((flags, group := {}))
+        group[seed] = run
+    return [Trials([*seeds.values()]) for _, seeds in groups]
 
 
 def compare(runs, out):
@@ -882,7 +893,7 @@ def compare(runs, out):
     for t in trials:
         active = f"{t.active:,}" if t.active else ""
         print(
-            f"| {t.name:{width}} | {t.runs} | {active} | {t.rows[-1][0]['step'] * t.mtokens_a_step:.2f} "
+            f"| {t.name:{width}} | {t.runs} | {active} | {t.rows[-1][0]['tokens'] / 1e6:.2f} "
             f"| {t.ms_a_step:.0f} | {t.at_end('val_loss', 4, spread=True)} | {t.at_end('val_bpb', 4)} "
             f"| {t.at_end('val_load_entropy', 3)} |"
         )
@@ -897,16 +908,16 @@ def draw_together(trials, path):
     figure, ((by_tokens, by_time), (entropies, loads)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     colors = plt.get_cmap("tab10" if len(trials) <= 10 else "tab20").colors
     for t, color in zip(trials, colors * len(trials)):
-        for axis, what, scale in (
-            (by_tokens, "val_loss", t.mtokens_a_step),
-            (by_time, "val_loss", t.ms_a_step / 1e3),
-            (entropies, "val_load_entropy", t.mtokens_a_step),
+        for axis, what, along, scale in (
+            (by_tokens, "val_loss", "tokens", 1e-6),
+            (by_time, "val_loss", "step", t.ms_a_step / 1e3),
+            (entropies, "val_load_entropy", "tokens", 1e-6),
         ):
-            steps, values = t.curve(what)
-            if len(steps):
-                line = "o" if len(steps) == 1 else "-"
-                axis.plot(steps * scale, values.mean(axis=1), line, color=color, label=literal(t.name), linewidth=1.4)
-                axis.fill_between(steps * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
+            x, values = t.curve(what, along)
+            if len(x):
+                line = "o" if len(x) == 1 else "-"
+                axis.plot(x * scale, values.mean(axis=1), line, color=color, label=literal(t.name), linewidth=1.4)
+                axis.fill_between(x * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
         if t.last_loads:
             share = np.array(t.last_loads, float)  # (runs, L, E)
             share = np.sort(share / share.sum(axis=2, keepdims=True) * share.shape[2])[..., ::-1].mean(axis=(0, 1))
@@ -1046,6 +1057,7 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
 def settle(config, model, ranks):
     """Fill in what config leaves to the model, to the number of ranks and to the device."""
     config.block_size = config.block_size or model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(config.block_size, model.config.max_position_embeddings)
     if config.batch_size % ranks.world:
         raise ValueError(f"--batch_size {config.batch_size} cannot be shared evenly by {ranks.world} ranks")
     share = config.batch_size // ranks.world
@@ -1057,15 +1069,17 @@ def settle(config, model, ranks):
 
 
 def checkpoint_to_resume(out, ranks):
-    """A run's newest undamaged checkpoint; None where there is none yet. Raises ValueError if all are damaged."""
-    damage = None
-    for checkpoint in reversed(checkpoints_in(out)):
+    """A run's newest undamaged checkpoint, or else its best; None where there is none yet. Raises ValueError if all are
+    damaged."""
+    damage, best = None, out / "best"
+    candidates = checkpoints_in(out)[::-1] + ([best] if best.is_dir() else [])
+    for checkpoint, after in zip_longest(candidates, candidates[1:]):
         try:
             check(checkpoint)
             return checkpoint
         except (ValueError, OSError, TypeError, AttributeError) as error:
             damage = damage or error
-            ranks.first and print(f"{error}; trying the checkpoint before {checkpoint.name}", file=sys.stderr)
+            after and ranks.first and print(f"{error}; trying {after}", file=sys.stderr)
     if damage:
         raise ValueError(f"no checkpoint of {out} is whole; the newest: {damage}")
     ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
@@ -1120,13 +1134,15 @@ def prefetched(items):
             yield item
 
 
-def micro_batches(halves, first_step, config, ranks):
-    """A rank's (inputs, targets) from first_step to the end of the run, one forward pass after the other."""
+def micro_batches(halves, step, seen, config, ranks):
+    """A rank's (inputs, targets) from `step`, before which the run has seen that many sequences, to the end of the run,
+    one forward pass after the other."""
     share, size = config.batch_size // ranks.world, config.micro_batch_size
-    for step in range(first_step, config.steps):
-        tokens = halves[half(step, config)].train
-        for start in range(ranks.rank * share, (ranks.rank + 1) * share, size):
-            yield tokens.training_batch(step, config.batch_size, start, start + size, ranks.device)
+    for step in range(step, config.steps):
+        tokens, own = halves[half(step, config)].train, seen + ranks.rank * share
+        for start in range(own, own + share, size):
+            yield tokens.training_batch(start, start + size, ranks.device)
+        seen += config.batch_size
 
 
 def add_up_gradients(ddp, batches, config, ranks, clock):
@@ -1170,6 +1186,14 @@ def main():
     flags = asdict(config) | flags_of(ZayaConfig, given)  # for args.json, before what follows from this machine
     settle(config, model, ranks)
     halves = open_halves(folder, meta, config, ranks)
+    sizes = [len(texts.train.ids) for texts in halves]
+    if record.get("train_tokens", sizes) != sizes and ranks.first:
+        print(
+            f"{folder} has other training tokens than at step {record['step']}: their order is another one from here on"
+        )
+    sequences = record.get("sequences", record["step"] * config.batch_size)  # seen so far
+    record |= {"train_tokens": sizes, "sequences": sequences}
+    record.setdefault("tokens", sequences * config.block_size)
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1181,7 +1205,7 @@ def main():
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        found = evaluate(compiled, halves[half(record["step"], config)], config, ranks, routers)
+        found = evaluate(compiled, halves[half(max(0, record["step"] - 1), config)], config, ranks, routers)
         ranks.first and print(in_words(found))
         return ranks.leave()
 
@@ -1220,70 +1244,72 @@ def main():
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
-    batches = prefetched(micro_batches(halves, step, config, ranks))
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    while step < config.steps:
-        started = time.perf_counter()
-        lr = learning_rate(step, config)
-        texts = halves[half(step, config)]
-        if record.get("best_of") != texts.val_sha256:  # the best so far, if any, was measured on another text
-            record |= {"best": None, "best_of": texts.val_sha256}
+    batches = prefetched(micro_batches(halves, step, record["sequences"], config, ranks))
+    quiet = not ranks.first or sys.stderr is None
+    with tqdm(total=config.steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True) as bar:
+        while step < config.steps:
+            started = time.perf_counter()
+            lr = learning_rate(step, config)
+            texts = halves[half(step, config)]
+            if record.get("best_of") != texts.val_sha256:  # the best so far, if any, was measured on another text
+                record |= {"best": None, "best_of": texts.val_sha256}
 
-        loss = add_up_gradients(ddp, batches, config, ranks, clock)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            loss = add_up_gradients(ddp, batches, config, ranks, clock)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
-        # What all ranks must agree on: the loss, and whether to stop.
-        stop = torch.tensor(float(bool(asked_to_stop)), device=device)
-        loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
-        norm = grad_norm.item()
-        counts = collect_counts(routers, ranks)
-        # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step(step, shares(counts))
-            bad_in_a_row = 0
-        else:  # skip the update; one bad batch must not spoil the weights
-            record["skipped"] += 1
-            bad_in_a_row += 1
-        model.zero_grad(set_to_none=True)
-        step += 1
+            # What all ranks must agree on: the loss, and whether to stop.
+            stop = torch.tensor(float(bool(asked_to_stop)), device=device)
+            loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
+            norm = grad_norm.item()
+            counts = collect_counts(routers, ranks)
+            # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
+            if math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step(step, shares(counts))
+                bad_in_a_row = 0
+            else:  # skip the update; one bad batch must not spoil the weights
+                record["skipped"] += 1
+                bad_in_a_row += 1
+            model.zero_grad(set_to_none=True)
+            step += 1
+            record["sequences"] += config.batch_size
+            record["tokens"] += config.batch_size * config.block_size
 
-        # Evaluate, log, save.
-        entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm), "skipped": record["skipped"]}
-        if counts is not None:
-            entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits: the optimizer is timed, too
-            if step % load_every == 0 or config.log_every > 1:
-                entry["load"] = counts[:, :-1].tolist()
-        seconds = time.perf_counter() - started
-        clock.steps.append(1e3 * seconds)
-        if ranks.first:
-            entry |= speed(config.batch_size * config.block_size, seconds)
-        better = False
-        if step % config.eval_every == 0 or step == config.steps:
-            with clock("evaluation"):
-                entry |= evaluate(compiled, texts, config, ranks, routers)
-            new, best = entry["val_loss"], record["best"]
-            better = new is not None and (best is None or new < best) and not bad_in_a_row
-            record["best"] = new if better else best
-        if ranks.first:
-            if step % config.log_every == 0 or "val_loss" in entry:
-                log.write(json.dumps(entry) + "\n")
-            report(bar, entry)
-        if bad_in_a_row == 10:
-            saver.wait()
-            bar.close()
-            raise ArithmeticError(
-                f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
-            )
-        due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
-        if config.keep and (due or stopping or step == config.steps):
-            with clock("checkpoints"):
-                saver.save(step, record, best=better)
-        saver.check()
-        if stopping:
-            break
+            # Evaluate, log, save.
+            entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
+            entry |= {name: record[name] for name in ("tokens", "skipped")}
+            if counts is not None:
+                entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits: the optimizer is timed, too
+                if step % load_every == 0 or config.log_every > 1:
+                    entry["load"] = counts[:, :-1].tolist()
+            seconds = time.perf_counter() - started
+            clock.steps.append(1e3 * seconds)
+            if ranks.first:
+                entry |= speed(config.batch_size * config.block_size, seconds)
+            better = False
+            if step % config.eval_every == 0 or step == config.steps:
+                with clock("evaluation"):
+                    entry |= evaluate(compiled, texts, config, ranks, routers)
+                new, best = entry["val_loss"], record["best"]
+                better = new is not None and (best is None or new < best) and not bad_in_a_row
+                record["best"] = new if better else best
+            if ranks.first:
+                if step % config.log_every == 0 or "val_loss" in entry:
+                    log.write(json.dumps(entry) + "\n")
+                report(bar, entry)
+            if bad_in_a_row == 10:
+                saver.wait()
+                raise ArithmeticError(
+                    f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
+                )
+            due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
+            if config.keep and (due or stopping or step == config.steps):
+                with clock("checkpoints"):
+                    saver.save(step, record, best=better)
+            saver.check()
+            if stopping:
+                break
     with clock("checkpoints"):
         saver.wait()
-    bar.close()
     if ranks.world > 1:
         report_ranks(ddp, ranks)
     if ranks.first:
@@ -1373,8 +1399,9 @@ def report_ranks(ddp, ranks):
 def farewell(model, tokenizer, config, step):
     """What to do next; after the last step, with a sample of text."""
     if step < config.steps:
+        run = "torchrun ..." if "RANK" in os.environ else "python"
         print(
-            f"stopped after step {step}, which is saved; go on with: python train.py --out {quote(config.out)} --resume"
+            f"stopped after step {step}, which is saved; go on with: {run} train.py --out {quote(config.out)} --resume"
             if config.keep
             else f"stopped after step {step}; nothing is saved (--keep 0)"
         )
@@ -1393,4 +1420,8 @@ def farewell(model, tokenizer, config, step):
 
 if __name__ == "__main__":
     with stop_in_one_line():
-        main()
+        try:
+            main()
+        finally:
+            if dist.is_initialized() and dist.get_backend() == "gloo":  # or its threads abort the process at an error
+                dist.destroy_process_group()

@@ -64,33 +64,38 @@ def one_line_errors(parser):
 def read_documents(root, out, pattern="*", skip=()):
     """The distinct texts of the files under root whose name matches pattern. ValueError if there is none.
 
-    Left out are folders named in skip, what is hidden, empty or not UTF-8 text, and an earlier dataset's files in out.
+    Left out are folders named in skip, what is hidden, empty or not UTF-8 text (a line says how many of these), and an
+    earlier dataset's files in out.
     """
     def fail(error):
         raise error
 
     if not Path(root).is_dir():
         raise ValueError(f"{root} does not exist")
-    generated, documents = {out.resolve() / name for name in GENERATED}, {}
+    generated, documents, no_text = {out.resolve() / name for name in GENERATED}, {}, 0
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if not path.match(pattern) or not path.is_file() or path.resolve() in generated:
                 continue
-            if text := read_text(path):
+            text = read_text(path)
+            no_text += text is None
+            if text:
                 documents[digest(text)] = text  # a copy has the same digest, so no text stands on both sides
     if not documents:
         raise ValueError(f"no text in {root}")
+    if no_text:
+        print(f"left out: {no_text:,} files in {root} that are not UTF-8 text")
     return list(documents.values())
 
 
 def read_text(path):
-    """A file's text, line ends untouched, or None for what is not UTF-8, holds NUL or has only white space."""
+    """A file's text, line ends untouched; "" for white space alone, None for what is not UTF-8 or holds NUL."""
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         return None
-    return text if text.strip() and "\0" not in text else None
+    return None if "\0" in text else text if text.strip() else ""
 
 
 def digest(text):
@@ -101,7 +106,7 @@ def split_documents(documents, val_fraction):
     """Distinct documents -> (train, val), whole ones, the same whatever order they come in; neither side is empty.
 
     In the order of their hashes, which is as good as random, documents go to val as long as it stays within its part of
-    the bytes. A document alone is cut at the end of a line.
+    the bytes; the shortest does in any case. A document alone is cut, near that place at the end of a line.
     """
     if len(documents) == 1:
         return cut(documents[0], val_fraction, at_line=True)
@@ -118,10 +123,11 @@ def split_documents(documents, val_fraction):
 
 
 def cut(text, val_fraction, at_line=False):
-    """One text -> ([its beginning], [the last val_fraction of its characters]), if asked from the start of a line."""
+    """One text -> ([its beginning], [the last val_fraction of its characters]), if asked from the start of a line that
+    makes it no more than half as much again."""
     at = int(len(text) * (1 - val_fraction))
     if at_line:
-        at = text.rfind("\n", 0, at) + 1 or at
+        at = text.rfind("\n", int(len(text) * (1 - 1.5 * val_fraction)), at) + 1 or at
     if not 0 < at < len(text):
         raise ValueError("the text is too short to hold a part of it out")
     return [text[:at]], [text[at:]]

@@ -142,18 +142,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, finishe
     newest = out / "step-0000006"
     damage(newest / file)
     done = call(train, "--out", out, "--resume")
-    assert done.status == 0 and str(newest / file) in done.stderr and "trying the checkpoint before" in done.stderr
+    assert done.status == 0 and str(newest / file) in done.stderr and f"trying {out}/step-0000004" in done.stderr
     (losses, tensors), (expected_losses, expected) = what_was_learned(out), what_was_learned(finished.out)
     assert losses == expected_losses and all(tensor.equal(expected[key]) for key, tensor in tensors.items())
 
 
 def test_when_all_checkpoints_are_damaged_the_newest_is_named(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
-    for checkpoint in out.glob("step-*"):
+    for checkpoint in (*out.glob("step-*"), out / "best"):
         cut_in_half(checkpoint / "model.safetensors")
     done = call(train, "--out", out, "--resume")
     assert done.status == 2 and "step-0000006/model.safetensors is damaged" in done.lines[-1]
     assert not list(out.glob(".*"))
+
+
+def test_the_best_is_the_last_resort(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    for checkpoint in out.glob("step-*"):
+        shutil.rmtree(checkpoint)
+    done = call(train, "--out", out, "--resume", "--steps", 8)
+    assert done.status == 0, done.stderr
+    assert [entry["step"] for entry in train.read_log(out)] == [*range(1, 9)]
 
 
 @pytest.mark.parametrize(

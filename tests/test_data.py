@@ -313,6 +313,7 @@ def test_neither_side_is_empty():
     assert dataset.split_documents(["a" * 100, "b" * 99], 0.1) == (["a" * 100], ["b" * 99])
     assert dataset.split_documents(["a\n" * 10], 0.1) == (["a\n" * 9], ["a\n"])
     assert dataset.split_documents(["a" * 10], 0.1) == (["a" * 9], ["a"])  # no line to end at
+    assert dataset.split_documents(["a\n" + "b" * 98], 0.1) == (["a\n" + "b" * 88], ["b" * 10])  # none near
     with pytest.raises(ValueError, match="too short"):
         dataset.split_documents(["a"], 0.1)
 
@@ -332,7 +333,9 @@ def test_dataset_of_a_folder(kind, folder, tmp_path, capsys):
     assert meta["bytes_per_token"] == len("".join(val)) / len(tokens(out, "val"))
     files = {"train.bin", "val.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir(out)) == files
-    assert capsys.readouterr().out.startswith(f"{out}: {meta['train_tokens']:,} training")
+    left_out, made, *_ = capsys.readouterr().out.splitlines()
+    assert left_out == f"left out: 2 files in {folder} that are not UTF-8 text"
+    assert made.startswith(f"{out}: {meta['train_tokens']:,} training")
 
 
 def test_dataset_inside_the_folder_it_comes_from(folder, capsys):

@@ -257,7 +257,7 @@ def tokens_of(folder, seed=1, block_size=16, split="train"):
 
 def test_targets_are_the_inputs_one_token_later(tiny_data):
     tokens = tokens_of(tiny_data)
-    inputs, targets = tokens.training_batch(3, 4, 0, 4, CPU)
+    inputs, targets = tokens.training_batch(12, 16, CPU)
     assert inputs.shape == targets.shape == (4, 16) and inputs.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     text = np.fromfile(tiny_data / "train.bin", np.uint16).tobytes()
@@ -268,17 +268,18 @@ def test_targets_are_the_inputs_one_token_later(tiny_data):
 def test_a_step_is_the_same_however_it_is_cut(tiny_data):
     tokens = tokens_of(tiny_data)
     for step in (0, 1, 7, 200):  # the last in a later epoch
-        whole, _ = tokens.training_batch(step, 12, 0, 12, CPU)
+        whole, _ = tokens.training_batch(12 * step, 12 * step + 12, CPU)
         for pieces in (2, 3, 12):
             size = 12 // pieces
-            cut = [tokens_of(tiny_data).training_batch(step, 12, i, i + size, CPU)[0] for i in range(0, 12, size)]
+            starts = range(12 * step, 12 * step + 12, size)
+            cut = [tokens_of(tiny_data).training_batch(i, i + size, CPU)[0] for i in starts]
             assert torch.equal(torch.cat(cut), whole)
 
 
 def test_steps_and_seeds_differ(tiny_data):
-    first, second = (tokens_of(tiny_data).training_batch(step, 4, 0, 4, CPU)[0] for step in (0, 1))
+    first, second = (tokens_of(tiny_data).training_batch(i, i + 4, CPU)[0] for i in (0, 4))
     assert not torch.equal(first, second)
-    assert not torch.equal(first, tokens_of(tiny_data, seed=2).training_batch(0, 4, 0, 4, CPU)[0])
+    assert not torch.equal(first, tokens_of(tiny_data, seed=2).training_batch(0, 4, CPU)[0])
 
 
 def test_the_next_batch_is_made_while_one_is_used():
@@ -316,7 +317,7 @@ def test_an_epoch_has_every_block_once_and_the_next_cuts_elsewhere(tiny_data):
 def test_a_text_of_one_block_is_enough(tmp_path):
     np.arange(17, dtype="<u2").tofile(tmp_path / "train.bin")
     tokens = Tokens(tmp_path, "train", 16, 1, {"dtype": "uint16", "vocab_size": 17})
-    assert torch.equal(tokens.training_batch(0, 2, 0, 2, CPU)[0], torch.arange(16).expand(2, -1))
+    assert torch.equal(tokens.training_batch(0, 2, CPU)[0], torch.arange(16).expand(2, -1))
     assert tokens.validation_starts(0) == tokens.validation_starts(5) == [0]
 
 
@@ -1021,6 +1022,46 @@ def test_a_run_that_explodes_stops_with_what_it_had(tiny, call, tmp_path):
     log = log_of(tmp_path)
     assert log[-1]["loss"] is None and log[-1]["skipped"] == 10 and len(log) < 40
     assert all(Zaya.from_pretrained(path) for path in tmp_path.glob("step-*"))  # whatever was saved is finite
+
+
+def test_another_batch_size_goes_on_in_the_same_order(tiny, call, tmp_path, monkeypatch):
+    """Nothing is seen twice, nothing is left out; and the log counts the tokens."""
+    seen, whole = [], Tokens.training_batch
+    monkeypatch.setattr(Tokens, "training_batch", lambda self, *rest: seen.append(rest[:2]) or whole(self, *rest))
+    plan = tiny | {"out": tmp_path / "out", "steps": 3, "batch_size": 4, "micro_batch_size": None}
+    assert call(train, *flags(**plan)).status == 0
+    assert call(train, "--out", plan["out"], "--resume", "--steps", 5, "--batch_size", 2).status == 0
+    places = [i for first, last in seen for i in range(first, last)]
+    assert places == [*range(3 * 4 + 2 * 2)]
+    assert [e["tokens"] for e in log_of(plan["out"])] == [16 * n for n in (4, 8, 12, 14, 16)]
+
+
+def test_runs_of_one_seed_are_no_group(finished, call, tmp_path):
+    """Their difference must be another: the code, say. Runs of two seeds are one row."""
+    runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
+    changed = read_json(runs[2] / "args.json") | {"seed": 7}
+    (runs[2] / "args.json").write_text(json.dumps(changed))
+    rows = call(train, "--plot", *runs, "--out", tmp_path / "plot").stdout.splitlines()[2:4]
+    assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [["out", "2"], ["out-mine", "1"]]
+
+
+def test_a_window_without_a_layer_for_it(tiny, call, tmp_path):
+    done = call(train, *flags(**tiny, out=tmp_path / "out"), "--sliding_window", 4)
+    assert done.status == 2 and "--layer_types" in done.stderr
+
+
+def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
+    out, data = (shutil.copytree(source, tmp_path / source.name) for source in (finished.out, tiny_data))
+    with open(data / "train.bin", "ab") as file:
+        file.write((data / "val.bin").read_bytes())
+    done = call(train, "--out", out, "--resume", "--steps", 8, "--data", data)
+    assert done.status == 0 and "other training tokens than at step 6" in done.stdout
+
+
+def test_a_longer_block_is_the_models_context(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, "--out", out, "--resume", "--steps", 7, "--block_size", 32).status == 0
+    assert Zaya.from_pretrained(out).config.max_position_embeddings == 32
 
 
 @pytest.mark.parametrize("saved, same", [({}, 16), ({"num_experts": 8}, 8)], ids=["the preset's", "a flag's"])

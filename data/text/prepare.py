@@ -14,7 +14,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with one_line_errors(parser):
         documents = [read_text(args.path)] if args.path.is_file() else read_documents(args.path, args.out)
-        if documents == [None]:
+        if not any(documents):
             raise ValueError(f"{args.path} holds no UTF-8 text")
         write_dataset(args, *split_documents(documents, args.val_fraction))
 
