@@ -1054,6 +1054,16 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
     return model, record
 
 
+def count_data(record, halves, config, ranks):
+    """Let the record say how much data there is and how much of it the run has seen; print if there was other data."""
+    sizes = [len(texts.train.ids) for texts in halves]
+    if record.setdefault("train_tokens", sizes) != sizes and ranks.first:
+        print(f"--data has other training tokens than at step {record['step']}: from here on in an order of their own")
+    record["train_tokens"] = sizes
+    record.setdefault("sequences", record["step"] * config.batch_size)
+    record.setdefault("tokens", record["sequences"] * config.block_size)
+
+
 def settle(config, model, ranks):
     """Fill in what config leaves to the model, to the number of ranks and to the device."""
     config.block_size = config.block_size or model.config.max_position_embeddings
@@ -1186,14 +1196,7 @@ def main():
     flags = asdict(config) | flags_of(ZayaConfig, given)  # for args.json, before what follows from this machine
     settle(config, model, ranks)
     halves = open_halves(folder, meta, config, ranks)
-    sizes = [len(texts.train.ids) for texts in halves]
-    if record.get("train_tokens", sizes) != sizes and ranks.first:
-        print(
-            f"{folder} has other training tokens than at step {record['step']}: their order is another one from here on"
-        )
-    sequences = record.get("sequences", record["step"] * config.batch_size)  # seen so far
-    record |= {"train_tokens": sizes, "sequences": sequences}
-    record.setdefault("tokens", sequences * config.block_size)
+    count_data(record, halves, config, ranks)
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1232,15 +1235,7 @@ def main():
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
 
-    asked_to_stop = []
-
-    def on_signal(number, frame):  # finish the step, save, leave with status 0
-        if ranks.first and not asked_to_stop:
-            with suppress(OSError):  # nobody may be there to read it
-                os.write(2, b"\nstopping after this step\n")
-        asked_to_stop.append(number)
-
-    on_stop(on_signal)
+    asked_to_stop = listen(ranks)
     step, bad_in_a_row, clock = record["step"], 0, Clock()
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
@@ -1320,6 +1315,21 @@ def main():
     ranks.leave()
     if ranks.first:
         farewell(model, tokenizer, config, step)
+
+
+def listen(ranks):
+    """From here on a signal to stop ends nothing -> the list of those that have come. The loop asks it at each step: it
+    finishes that, saves, and leaves with status 0."""
+    heard = []
+
+    def hear(number, frame):
+        if ranks.first and not heard:
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"\nstopping after this step\n")
+        heard.append(number)
+
+    on_stop(hear)
+    return heard
 
 
 def on_stop(action):
