@@ -1432,6 +1432,10 @@ if __name__ == "__main__":
     with stop_in_one_line():
         try:
             main()
+        except RuntimeError as error:
+            if "gloo/transport" not in str(error):
+                raise
+            raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
         finally:
             if dist.is_initialized() and dist.get_backend() == "gloo":  # or its threads abort the process at an error
                 dist.destroy_process_group()
