@@ -125,8 +125,6 @@ def model_config(config, given, vocab_size, eot):
         raise ValueError(f"--{min(told)} cannot be chosen: it follows from the data")
     if "num_hidden_layers" in changes:
         changes.setdefault("layer_types", None)
-    if "sliding_window" in changes and "hybrid_sliding" not in (changes.get("layer_types") or []):
-        raise ValueError("--sliding_window is for layers that --layer_types calls hybrid_sliding, and there is none")
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     changes.setdefault("max_position_embeddings", config.block_size or start.max_position_embeddings)
     return replace(start, **changes)
@@ -874,7 +872,7 @@ def group_runs(runs):
         if not (run / "args.json").is_file() or not read_log(run):
             raise FileNotFoundError(f"--plot: {run} holds no run with a log")
         flags = read_json(run / "args.json") | {"out": None}
-        seed = flags.pop("seed")
+        seed = flags.pop("seed", None)
         # Runs of the same seed, too, are no group: something else must differ, the code say
         group = next((seeds for others, seeds in groups if others == flags and seed not in seeds), None)
         if group is None:
@@ -1014,9 +1012,11 @@ def resolve_flags(given):
     saved = read_json(out / "args.json")
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
     own = TrainConfig(**flags_of(TrainConfig, saved))
-    model = None if own.init_from else model_config(own, saved, 1, None)  # but for what the data says
+    model = {} if own.init_from else asdict(model_config(own, saved, 1, None))
+    for name in ("vocab_size", "max_position_embeddings"):  # these depend on the data and on --block_size
+        model.pop(name, None)
     for name, value in given.items():
-        if name in fixed and value != saved.get(name, getattr(model, name, None)):
+        if name in fixed and value != (model | saved).get(name):
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
     return saved | given, True  # with the given --out, for the folder may have been moved
 
@@ -1024,6 +1024,10 @@ def resolve_flags(given):
 def new_model(config, given, meta, eot):
     """A fresh model, or --init_from's with the context length and RoPE bases that the flags give."""
     if config.init_from is None:
+        if "sliding_window" in given and "hybrid_sliding" not in (given.get("layer_types") or []):
+            raise ValueError(
+                "--sliding_window is for what --layer_types calls hybrid_sliding, and there is no such layer"
+            )
         torch.manual_seed(config.seed)
         return Zaya(model_config(config, given, meta["vocab_size"], eot))
     model = Zaya.from_pretrained(config.init_from, dtype=torch.float32)
@@ -1031,8 +1035,6 @@ def new_model(config, given, meta, eot):
     changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
         raise ValueError(f"--{fixed[0]} is {config.init_from}'s own and cannot be changed")
-    if config.block_size:
-        changes.setdefault("max_position_embeddings", config.block_size)
     model.config = replace(model.config, **changes)
     return model
 
@@ -1057,8 +1059,9 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
 def count_data(record, halves, config, ranks):
     """Let the record say how much data there is and how much of it the run has seen; print if there was other data."""
     sizes = [len(texts.train.ids) for texts in halves]
-    if record.setdefault("train_tokens", sizes) != sizes and ranks.first:
-        print(f"--data has other training tokens than at step {record['step']}: from here on in an order of their own")
+    for flag, size, before in zip(("--data", "--later_data"), sizes, record.get("train_tokens", sizes)):
+        if size != before and ranks.first and not config.eval_only:
+            print(f"{flag} has other training tokens than at step {record['step']}: they come in an order of their own")
     record["train_tokens"] = sizes
     record.setdefault("sequences", record["step"] * config.batch_size)
     record.setdefault("tokens", record["sequences"] * config.block_size)
@@ -1122,7 +1125,8 @@ def restore(out, log, flags, record, checkpoint):
     kept = [(entry, end) for entry, end in whole_lines(out) if entry["step"] <= record["step"]]
     best = {"step": record["step"], "val_loss": record["best"]}
     if record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept):
-        mark_best(checkpoint)  # in case the power failed before it was marked
+        if checkpoint != out / "best":
+            mark_best(checkpoint)  # in case the power failed before it was marked
     log.truncate(kept[-1][1] if kept else 0)
 
 

@@ -1787,11 +1787,12 @@ def checkpoints_in(run):
 
 
 def find_checkpoint(path):
-    """The checkpoint at path: path itself, or the newest in a run directory. Raises FileNotFoundError."""
+    """The checkpoint at path: path itself, or the newest in a run directory, the best if there is no other. Raises
+    FileNotFoundError."""
     path = Path(path).expanduser()
     if (path / "config.json").exists():
         return path
-    checkpoints = checkpoints_in(path)
+    checkpoints = checkpoints_in(path) or [best for best in [path / "best"] if best.is_dir()]
     if not checkpoints:
         raise FileNotFoundError(f"{path} holds no checkpoint" if path.exists() else f"{path} does not exist")
     return checkpoints[-1]

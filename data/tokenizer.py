@@ -33,6 +33,7 @@ FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 
 # Chats that need no template engine: the marks around a turn, and what the model's own turns are called.
 TURNS = [("<start_of_turn>", "<end_of_turn>", "model"), ("<|im_start|>", "<|im_end|>", "assistant")]
+TRIMMED = r"\bcontent['\"]?\]?\s*(\|\s*trim\b|\.strip\(\))"  # in a template
 
 
 class Tokenizer:
@@ -142,8 +143,7 @@ class ForeignTokenizer:
             )
         begin, end, role = known[0]
         bos = [self.bos] if "bos_token" in self.template and self.bos is not None else []
-        trims = re.search(r"content['\"]?\]?\s*(\|\s*trim|\.strip\()", self.template)
-        question = question.strip() if trims else question
+        question = question.strip() if re.search(TRIMMED, self.template) else question
         turns = [begin, f"user\n{question}", end, "\n", begin, f"{role}\n"]
         ids = [i for part in turns for i in ([special[part]] if part in special else self.encode(part))]
         return bos + ids, special[end]
@@ -181,7 +181,7 @@ def is_plain(template, turns):
     template = re.sub(r"raise_exception\(.*?\)", "", template)
     quotes, tag = r"'([^']*)'" + '|"([^"]*)"', re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
     outside, quoted = tag.sub("", template), [a or b for a, b in re.findall(quotes, template)]
-    code = " ".join(tag.findall(re.sub(quotes, "", template)))
+    code = " ".join(tag.findall(re.sub(quotes, lambda quote: "content" * (quote[0][1:-1] == "content"), template)))
     written = "".join([outside, *quoted]).replace("\\n", "\n")
     names = f"{re.escape(begin)}|{re.escape(end)}" + r"|\\n|\b(user|assistant|model|system|role|content)\b"
     return (
@@ -191,8 +191,8 @@ def is_plain(template, turns):
         # White space that turns do not have, or that stands after an expression
         and not any(re.search(r" |(\n|\\n)(\n|\\n|" + re.escape(end) + ")", part) for part in quoted)
         and not re.search(r"[^-]\}\}\s+(?!\{.-)\S", template)
-        # A filter or a method that changes what is written
-        and not re.search(r"\|\s*(?!trim\b)\w|\.(?!strip\(\))\w+\(", code)
+        # A filter or a method that changes what is written, but for white space around the question
+        and not re.search(r"\|\s*\w|\.\w+\(", re.sub(TRIMMED, "", code))
     )
 
 

@@ -12,7 +12,7 @@ from conftest import command, flags, what_was_learned
 import sample
 import train
 import zaya
-from zaya import load_safetensors, save_safetensors
+from zaya import load_safetensors, read_json, save_safetensors
 
 TABLE = SimpleNamespace(__file__=zaya.__file__, main=zaya.cost_table)  # `python zaya.py`
 
@@ -163,6 +163,8 @@ def test_the_best_is_the_last_resort(finished, call, tmp_path):
     done = call(train, "--out", out, "--resume", "--steps", 8)
     assert done.status == 0, done.stderr
     assert [entry["step"] for entry in train.read_log(out)] == [*range(1, 9)]
+    best = read_json(finished.out / "best" / "trainer.json")["step"]
+    assert best and train.read_log(out)[:best] == train.read_log(finished.out)[:best]
 
 
 @pytest.mark.parametrize(

@@ -159,13 +159,17 @@ PLAIN = (  # as Gemma's
     "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content']"
     " | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
 
 
 def chatting(folder, template):
     """The foreign tokenizer with marks around turns and a chat template."""
     t = tokenizers.Tokenizer.from_file(str(foreign(folder) / "tokenizer.json"))
-    t.add_special_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>", "<think>"])
+    t.add_special_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<think>"])
     t.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<eos>", "bos_token": "<bos>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -173,18 +177,20 @@ def chatting(folder, template):
     return folder
 
 
-def test_turns_are_what_transformers_makes_of_the_template(tmp_path):
+@pytest.mark.parametrize("template, end", [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>")], ids=["Gemma", "ChatML"])
+def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, end):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
-    folder = chatting(tmp_path / "chat", PLAIN)
+    folder = chatting(tmp_path / "chat", template)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     expected = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=True, return_dict=False)
     ours = load_tokenizer(folder)
-    ids, end = ours.turns(QUESTION[0]["content"])
+    expected = expected, ours.backend.token_to_id(end)
+    assert ours.turns(QUESTION[0]["content"]) == expected
     bos = ours.backend.token_to_id("<bos>")
-    assert ids[0] == bos and ids == expected and end == ours.backend.token_to_id("<end_of_turn>")
+    assert (expected[0][0] == bos) == ("bos_token" in template)
     rendered = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    assert ours.turns(rendered) == (expected, end)
+    assert ours.turns(rendered) == expected
     assert bos not in ours.encode(rendered)  # elsewhere special tokens in a text stay text
 
 
@@ -211,6 +217,7 @@ def test_a_special_token_in_a_question_is_text(tmp_path):
         ("<end_of_turn>\n", "\n<end_of_turn>\n"),
         ("<start_of_turn>'", "<start_of_turn> '"),
         ("+ role", "+ role | upper"),
+        ("message['content'] |", "(message['content']) |"),
     ],
 )
 def test_a_template_that_does_more_is_left_to_transformers(tmp_path, plain, other):

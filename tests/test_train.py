@@ -1070,7 +1070,7 @@ def test_resume_keeps_the_model(tmp_path, saved, same):
     kept = {"preset": "nano", "init_from": None, "block_size": 32} | saved
     (tmp_path / "args.json").write_text(json.dumps(kept))
     given = {"out": str(tmp_path), "resume": True}
-    assert train.resolve_flags(given | {"num_experts": same, "max_position_embeddings": 32, "lr": 0.1})[1]
+    assert train.resolve_flags(given | {"num_experts": same, "lr": 0.1})[1]
     wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
     for name, value in wrongs.items():
         with pytest.raises(ValueError, match="another model"):
