@@ -40,8 +40,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, forward_flops, literal, load_safetensors, parse_flags, pyplot, read_json, save_safetensors,
-    stop_in_one_line, watts,
+    find_checkpoint, forward_flops, literal, load_safetensors, newest_first, parse_flags, pyplot, read_json,
+    save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -681,8 +681,8 @@ def replace_folder(new, final):
 
 def last_good(out):
     """What a message says of a run's newest checkpoint."""
-    saved = checkpoints_in(out)
-    return f"{saved[-1]} is the last good checkpoint" if saved else "there is no checkpoint yet"
+    saved = newest_first(out)
+    return f"{saved[0]} is the last good checkpoint" if saved else "there is no checkpoint yet"
 
 
 class Saver:
@@ -1084,8 +1084,7 @@ def settle(config, model, ranks):
 def checkpoint_to_resume(out, ranks):
     """A run's newest undamaged checkpoint, or else its best; None where there is none yet. Raises ValueError if all are
     damaged."""
-    damage, best = None, out / "best"
-    candidates = checkpoints_in(out)[::-1] + ([best] if best.is_dir() else [])
+    damage, candidates = None, newest_first(out)
     for checkpoint, after in zip_longest(candidates, candidates[1:]):
         try:
             check(checkpoint)
@@ -1124,9 +1123,9 @@ def restore(out, log, flags, record, checkpoint):
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
     kept = [(entry, end) for entry, end in whole_lines(out) if entry["step"] <= record["step"]]
     best = {"step": record["step"], "val_loss": record["best"]}
-    if record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept):
-        if checkpoint != out / "best":
-            mark_best(checkpoint)  # in case the power failed before it was marked
+    is_best = record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept)
+    if is_best and checkpoint.name != "best":
+        mark_best(checkpoint)  # in case the power failed before it was marked
     log.truncate(kept[-1][1] if kept else 0)
 
 

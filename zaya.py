@@ -1631,10 +1631,13 @@ def official_names(state):
     return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
 
 
+IN_ROPE_PARAMETERS = "rope_theta", "sliding_rope_theta", "partial_rotary_factor"  # where config.json has these fields
+
+
 def config_to_json(config, dtype="float32"):
     """The official config.json. What is not a ZAYA1 says so, lest `transformers` misread it."""
     values = asdict(config)
-    full, sliding, factor = (values.pop(name) for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"))
+    full, sliding, factor = (values.pop(name) for name in IN_ROPE_PARAMETERS)
     if config.is_zaya1:
         values = {name: value for name, value in values.items() if name not in ZAYA1}
     return {
@@ -1672,9 +1675,9 @@ def config_from_json(values):
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
     if ("moe_router_topk" in values or "zaya_layers" in values) and "router_hidden_size" not in values:
         return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
-    known = {f.name: values[f.name] for f in fields(ZayaConfig) if f.name in values}
-    for name in ("rope_theta", "sliding_rope_theta", "partial_rotary_factor"):
-        known.pop(name, None)  # these count, in transformers as here, in rope_parameters alone
+    # In transformers, too, what stands beside rope_parameters does not count.
+    names = [f.name for f in fields(ZayaConfig) if f.name not in IN_ROPE_PARAMETERS]
+    known = {name: values[name] for name in names if name in values}
     ropes = values.get("rope_parameters") or {}
     if "rope_theta" in ropes and "hybrid" not in ropes:
         raise ValueError("config.json has one rope_theta for all types of layer; only one for each is known here")
@@ -1786,16 +1789,20 @@ def checkpoints_in(run):
     return sorted(saved, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def newest_first(run):
+    """A run directory's checkpoints in the order in which to try them: from the newest on, and last of all the best."""
+    return checkpoints_in(run)[::-1] + [best for best in [Path(run) / "best"] if best.is_dir()]
+
+
 def find_checkpoint(path):
-    """The checkpoint at path: path itself, or the newest in a run directory, the best if there is no other. Raises
-    FileNotFoundError."""
+    """The checkpoint at path: path itself, or newest_first's first of a run directory. Raises FileNotFoundError."""
     path = Path(path).expanduser()
     if (path / "config.json").exists():
         return path
-    checkpoints = checkpoints_in(path) or [best for best in [path / "best"] if best.is_dir()]
+    checkpoints = newest_first(path)
     if not checkpoints:
         raise FileNotFoundError(f"{path} holds no checkpoint" if path.exists() else f"{path} does not exist")
-    return checkpoints[-1]
+    return checkpoints[0]
 
 
 def weight_files(checkpoint):
