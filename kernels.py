@@ -24,7 +24,7 @@ nothing waits for the GPU.
 import math
 import os
 import sys
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -50,20 +50,22 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
-    "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 8, 4), (32, 32, 4, 1)),
+    "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)),
     "router_backward": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (16, 32, 8, 1)),
-    "router_of_few": ("BT BN", (16, 32, 8, 2), (16, 64, 8, 3), (16, 32, 4, 1)),
+    "choose": ("", (4, 1), (4, 1), (4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
-    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 4), (64, 64, 32, 4, 2)),
     "swiglu_backward": ("BT BF", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
     "merge_backward": ("AHEAD", (1, 8, 1), (3, 8, 1), (1, 4, 1)),
+    "cross_entropy": ("BV", (2048, 4, 1), (4096, 8, 1), (2048, 4, 1)),
     "row": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
+    "one": ("BF BK", (4, 2048, 4, 1), (2, 2048, 8, 1), (4, 512, 4, 1)),
     "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
@@ -112,7 +114,11 @@ def launch(kernel, grid, *args, **constants):
 
 def operator(function):
     """Make a function that allocates its results and launches kernels a torch operator: torch.compile neither looks
-    into it nor breaks its graph there. An argument whose name ends in _ is written to."""
+    into it nor breaks its graph there. An argument whose name ends in _ is written to.
+
+    In inference mode the function itself is called: an operator's bookkeeping takes Python more time than the kernels
+    of a short prompt take the GPU.
+    """
 
     def shapes(*args):
         global shapes_alone
@@ -125,7 +131,14 @@ def operator(function):
     written = [name for name in function.__annotations__ if name.endswith("_")]
     op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=written)
     op.register_fake(shapes)
-    return op
+
+    @wraps(function)
+    def call(*args):
+        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return (function if inference else op)(*args)
+
+    call.register_autograd = op.register_autograd
+    return call
 
 
 def early_start():
@@ -135,13 +148,19 @@ def early_start():
 
 
 @triton.jit
+def let_the_next_start(EARLY: tl.constexpr):
+    """The kernel after this one may start as soon as all programs of this one have come here."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
-    """Every program of a kernel with early_start() calls this before it writes, and before it reads what another kernel
-    may just have written: until then, only weights, and none that the kernel just before wrote. Afterwards the next
-    kernel may start: what came before this one has ended by then."""
+    """Until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
+    early_start() calls this before it writes, and before it reads anything but weights and what was there when the
+    decoding step began."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def save_inputs(ctx, inputs, output):
@@ -219,36 +238,56 @@ def store_rows(rows, stride, b, t, T, column, columns, x):
 
 
 @triton.jit
-def convolve(rows, past, filters, b, t, head, T, stride, H: tl.constexpr, h: tl.constexpr, TAPS: tl.constexpr,
-             BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """One head's sum over taps of rows[t - P + tap] @ filters[tap] -> (BT, BH) fp32, P = TAPS - 1.
-    BACKWARD: what leads gradients back, the sum of rows[t + P - tap] @ filters[tap].T."""
+def pairs(HALF: tl.constexpr, h: tl.constexpr, BP: tl.constexpr):
+    """A head in two halves, so that what RoPE turns together has one place: channels i and i + HALF, i < HALF; then
+    those that do not turn. -> the channels of each half (BP), h for what is none."""
+    i = tl.arange(0, BP)
+    first, second = tl.where(i < HALF, i, i + HALF), tl.where(i < HALF, i + HALF, i + h // 2)
+    first, second = tl.where(i < h // 2, first, h), tl.where(i < h // 2, second, h)
+    RUN: tl.constexpr = (HALF | (h // 2)) & -(HALF | (h // 2))  # of so many channels, Triton is told
+    return tl.max_contiguous(tl.multiple_of(first, RUN), RUN), tl.max_contiguous(tl.multiple_of(second, RUN), RUN)
+
+
+@triton.jit
+def convolve(rows, past, filters, b, t, head, T, stride, c1, c2, H: tl.constexpr, h: tl.constexpr, TAPS: tl.constexpr,
+             BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """One head's sum over taps of rows[t - P + tap] @ filters[tap], P = TAPS - 1, at its channels c1 and c2, (BT, BP)
+    fp32 each. BACKWARD: what leads gradients back, the sum of rows[t + P - tap] @ filters[tap].T."""
     STEPS: tl.constexpr = (h + BK - 1) // BK
-    out = tl.arange(0, BH)
-    acc = tl.zeros((BT, BH), tl.float32)
+    acc1, acc2 = tl.zeros((t.shape[0], c1.shape[0]), tl.float32), tl.zeros((t.shape[0], c2.shape[0]), tl.float32)
     for step in range(TAPS * STEPS):  # one loop, so that loads run ahead across taps
         tap, k = step // STEPS, step % STEPS * BK + tl.arange(0, BK)
         row = t + (TAPS - 1 - tap) if BACKWARD else t - (TAPS - 1) + tap
         x = load_rows(rows, stride, b, row, T, head * h + k, (head + 1) * h)
-        if not BACKWARD:  # before the first token: what the cache remembers, or zeros
-            row_of_past = row + (TAPS - 1)
-            x += tl.load(past + (b * (TAPS - 1) + row_of_past)[:, None] * (H * h) + (head * h + k)[None, :],
-                         mask=(row < 0)[:, None] & (k < h)[None, :], other=0.0)  # fmt: skip
-        in_, out_ = (out[None, :], k[:, None]) if BACKWARD else (k[:, None], out[None, :])
-        acc = dot(x, load_matrix(filters + (tap * H + head) * h * h, in_, h, out_, h), acc)
-    return acc
+        w = filters + (tap * H + head) * h * h
+        acc1 = dot(x, load_filter(w, k, c1, h, BACKWARD), acc1)
+        acc2 = dot(x, load_filter(w, k, c2, h, BACKWARD), acc2)
+    if not BACKWARD:  # and what the cache remembers of before the first token, or zeros: seldom, so not in that loop
+        for step in range(tl.where(tl.min(t) < TAPS - 1, (TAPS - 1) * STEPS, 0)):
+            tap, k = step // STEPS, step % STEPS * BK + tl.arange(0, BK)
+            x = load_rows(past, H * h, b, t + tap, TAPS - 1, head * h + k, (head + 1) * h)
+            w = filters + (tap * H + head) * h * h
+            acc1 = dot(x, load_filter(w, k, c1, h, False), acc1)
+            acc2 = dot(x, load_filter(w, k, c2, h, False), acc2)
+    return acc1, acc2
 
 
 @triton.jit
-def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-                       BH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """The q-k mean of a head: half of itself, and half of its key or of its queries' mean. BACKWARD, each query gets
-    1 / GROUP of its key's gradient, and the key all of its queries'."""
+def load_filter(w, k, c, h: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A head's w[k, c], or w[c, k] -> (BK, BP)."""
+    row, column = (c[None, :], k[:, None]) if TRANSPOSED else (k[:, None], c[None, :])
+    return load_matrix(w, row, h, column, h)
+
+
+@triton.jit
+def mean_with_partners(rows, b, t, head, T, stride, c, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+                       BACKWARD: tl.constexpr):  # fmt: skip
+    """The q-k mean of channels c of a head: half of itself, and half of its key or of its queries' mean. BACKWARD, each
+    query gets 1 / GROUP of its key's gradient, and the key all of its queries'."""
     GROUP: tl.constexpr = Hq // Hk
-    c = tl.arange(0, BH)
     is_key = head >= Hq
     partner = tl.where(is_key, (head - Hq) * GROUP, Hq + head // GROUP)
-    acc = tl.zeros((t.shape[0], BH), tl.float32)
+    acc = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
     for i in tl.range(GROUP, loop_unroll_factor=4):  # four loads at a time; a query has only one partner
         end = tl.where(is_key | (i == 0), (partner + i + 1) * h, 0)  # 0: loads nothing
         acc += load_rows(rows, stride, b, t, T, (partner + i) * h + c, end).to(tl.float32)
@@ -257,31 +296,24 @@ def mean_with_partners(rows, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.con
 
 
 @triton.jit
-def head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-             TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """A head before its norm: convolution, bias and q-k mean -> (BT, BH) fp32."""
-    c = tl.arange(0, BH)
-    x = convolve(qkv, past, filters, b, t, head, T, stride, Hq + Hk, h, TAPS, BT, BH, BK, False)
-    x += load_vector(bias + head * h, c, h)[None, :]
-    return x + mean_with_partners(qkv, b, t, head, T, stride, Hq, Hk, h, BH, False)
+def head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq: tl.constexpr, Hk: tl.constexpr,
+             h: tl.constexpr, TAPS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A head before its norm, in its halves: convolution, bias and q-k mean -> (BT, BP) fp32 each."""
+    x1, x2 = convolve(qkv, past, filters, b, t, head, T, stride, c1, c2, Hq + Hk, h, TAPS, BK, False)
+    x1 += load_vector(bias + head * h, c1, h)[None, :] + mean_with_partners(
+        qkv, b, t, head, T, stride, c1, Hq, Hk, h, False
+    )
+    x2 += load_vector(bias + head * h, c2, h)[None, :] + mean_with_partners(
+        qkv, b, t, head, T, stride, c2, Hq, Hk, h, False
+    )
+    return x1, x2
 
 
 @triton.jit
-def load_angles(cos, sin, t, T, HALF: tl.constexpr, BH: tl.constexpr):
-    """From cos and sin (T, HALF), those of what each channel of tokens t turns by, (BT, BH)."""
-    c = tl.arange(0, BH)
-    at, mask = t[:, None] * HALF + (c % HALF)[None, :], (t < T)[:, None] & (c < 2 * HALF)[None, :]
+def load_angles(cos, sin, t, T, pair, HALF: tl.constexpr):
+    """From cos and sin (T, HALF), what `pair` turns by at tokens t, (BT, BP): those from HALF on do not turn."""
+    at, mask = t[:, None] * HALF + pair[None, :], (t < T)[:, None] & (pair < HALF)[None, :]
     return tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def turn(x, cosine, sine, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SIGN: tl.constexpr):
-    """RoPE of x (BT, BH): channels c and c + HALF turn in their plane, those from 2 * HALF on stay. SIGN -1 turns
-    back."""
-    c = tl.arange(0, BH)
-    partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
-    other = tl.gather(x, tl.broadcast_to(partner[None, :], (BT, BH)), axis=1)
-    return x * cosine + other * sine * tl.where(c < HALF, -SIGN, SIGN)[None, :]
 
 
 @triton.jit
@@ -291,24 +323,17 @@ def load_length(temp, head, Hq: tl.constexpr, h: tl.constexpr):
 
 
 @triton.jit
-def normalize_and_turn(x, length, cosine, sine, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
-    """From a head's sum to what attention sees."""
-    norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), EPS)
-    return turn(x * (length / norm)[:, None], cosine, sine, HALF, BT, BH, 1)
-
-
-@triton.jit
 def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v, T, stride, Hq: tl.constexpr,
                        Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr,
-                       BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                       BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H + 1, B). A program owns BT tokens of one head; the last of the H + 1, those of the values."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     H: tl.constexpr = Hq + Hk
     if head == H:  # values: the second half of their channels comes from the token before
         HALF_V: tl.constexpr = Hk * h // 2
-        for c0 in range(0, Hk * h, BH):
-            column = c0 + c
+        for c0 in range(0, Hk * h, 2 * BP):
+            column = c0 + tl.arange(0, 2 * BP)
             late = column >= HALF_V
             row = t[:, None] - late[None, :].to(tl.int32)
             inside = (t < T)[:, None] & (column < Hk * h)[None, :]
@@ -317,19 +342,24 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             x = tl.where(row < 0, before[None, :], x)
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
-        x = head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
-        cosine, sine = load_angles(cos, sin, t, T, HALF, BH)
-        x = normalize_and_turn(x, load_length(temp, head, Hq, h), cosine, sine, HALF, BT, BH)
+        c1, c2 = pairs(HALF, h, BP)
+        x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
+        norm = tl.maximum(tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)), EPS)
+        scale = (load_length(temp, head, Hq, h) / norm)[:, None]
+        x1, x2 = x1 * scale, x2 * scale
+        cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, BP), HALF)
         if head < Hq:
-            store_rows(q, Hq * h, b, t, T, head * h + c, (head + 1) * h, x)
+            out, width, first, end = q, Hq * h, head * h, (head + 1) * h
         else:
-            store_rows(k, Hk * h, b, t, T, (head - Hq) * h + c, (head - Hq + 1) * h, x)
+            out, width, first, end = k, Hk * h, (head - Hq) * h, (head - Hq + 1) * h
+        store_rows(out, width, b, t, T, first + c1, end, x1 * cosine - x2 * sine)
+        store_rows(out, width, b, t, T, first + c2, end, x2 * cosine + x1 * sine)
 
 
 @triton.jit
 def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad, partial, T, stride,
                              Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
-                             TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+                             TAPS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
                              BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H, B): from the gradients of q and k to that of the convolutions' and the mean's sum, (B, T, C).
 
@@ -337,47 +367,55 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     which the keys' are used).
     """
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    c1, c2 = pairs(HALF, h, BP)
     H: tl.constexpr = Hq + Hk
     # The forward pass again, to the direction of x (a unit vector a token) and its norm
-    x = head_sum(qkv, past, filters, bias, b, t, head, T, stride, Hq, Hk, h, TAPS, BT, BH, BK)
-    raw_norm = tl.sqrt(tl.sum(x * x, axis=1))
+    x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
+    raw_norm = tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1))
     norm = tl.maximum(raw_norm, EPS)
-    x = x / norm[:, None]
+    x1, x2 = x1 / norm[:, None], x2 / norm[:, None]
     # Back through rotation and norm: what is along x changes no direction
     if head < Hq:
-        grad_x = load_rows(grad_q, Hq * h, b, t, T, head * h + c, (head + 1) * h).to(tl.float32)
+        given, width, first, end = grad_q, Hq * h, head * h, (head + 1) * h
     else:
-        grad_x = load_rows(grad_k, Hk * h, b, t, T, (head - Hq) * h + c, (head - Hq + 1) * h).to(tl.float32)
-    cosine, sine = load_angles(cos, sin, t, T, HALF, BH)
-    grad_x = turn(grad_x, cosine, sine, HALF, BT, BH, -1)
-    along, length = tl.sum(grad_x * x, axis=1), load_length(temp, head, Hq, h)
-    grad_x = (grad_x - x * tl.where(raw_norm > EPS, along, 0.0)[:, None]) * (length / norm)[:, None]
-    store_rows(grad, H * h, b, t, T, head * h + c, (head + 1) * h, grad_x)
-    inside = (t < T)[:, None] & (c < h)[None, :]
+        given, width, first, end = grad_k, Hk * h, (head - Hq) * h, (head - Hq + 1) * h
+    y1 = load_rows(given, width, b, t, T, first + c1, end).to(tl.float32)
+    y2 = load_rows(given, width, b, t, T, first + c2, end).to(tl.float32)
+    cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, BP), HALF)
+    g1, g2 = y1 * cosine + y2 * sine, y2 * cosine - y1 * sine
+    along, length = tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1), load_length(temp, head, Hq, h)
+    lost, scale = tl.where(raw_norm > EPS, along, 0.0)[:, None], (length / norm)[:, None]
+    g1, g2 = (g1 - x1 * lost) * scale, (g2 - x2 * lost) * scale
+    store_rows(grad, H * h, b, t, T, head * h + c1, (head + 1) * h, g1)
+    store_rows(grad, H * h, b, t, T, head * h + c2, (head + 1) * h, g2)
     own = partial + ((b * tl.num_programs(0) + tl.program_id(0)) * H + head) * (h + 1)
-    tl.store(own + c, tl.sum(tl.where(inside, grad_x, 0.0), axis=0), mask=c < h)
+    tl.store(own + c1, tl.sum(tl.where((t < T)[:, None], g1, 0.0), axis=0), mask=c1 < h)
+    tl.store(own + c2, tl.sum(tl.where((t < T)[:, None], g2, 0.0), axis=0), mask=c2 < h)
     tl.store(own + h, tl.sum(tl.where(t < T, along, 0.0), axis=0) * tl.sqrt(h * 1.0))
 
 
 @triton.jit
 def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.constexpr, Hk: tl.constexpr,
-                             h: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
-                             BK: tl.constexpr):  # fmt: skip
+                             h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+                             BP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H + 1, B), as forward: the gradient of [q0 | k0 | v_current | v_delayed]."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     H: tl.constexpr = Hq + Hk
     if head == H:
-        for c0 in range(0, Hk * h, BH):
-            column = c0 + c
+        for c0 in range(0, Hk * h, 2 * BP):
+            column = c0 + tl.arange(0, 2 * BP)
             row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int32)
             x = load_matrix(grad_v + b * T * Hk * h, row, T, column[None, :], Hk * h)
             store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
-        x = convolve(grad, grad, filters, b, t, head, T, H * h, H, h, TAPS, BT, BH, BK, True)
-        x += mean_with_partners(grad, b, t, head, T, H * h, Hq, Hk, h, BH, True)
-        store_rows(grad_qkv, stride, b, t, T, head * h + c, (head + 1) * h, x)
+        c1, c2 = pairs(HALF, h, BP)
+        x1, x2 = convolve(grad, grad, filters, b, t, head, T, H * h, c1, c2, H, h, TAPS, BK, True)
+        x1 += mean_with_partners(grad, b, t, head, T, H * h, c1, Hq, Hk, h, True)
+        x2 += mean_with_partners(grad, b, t, head, T, H * h, c2, Hq, Hk, h, True)
+        store_rows(grad_qkv, stride, b, t, T, head * h + c1, (head + 1) * h, x1)
+        store_rows(grad_qkv, stride, b, t, T, head * h + c2, (head + 1) * h, x2)
 
 
 @triton.jit
@@ -419,7 +457,7 @@ def cca_forward(
     c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
-        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BH=block(h), **c,
+        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2), **c,
     )  # fmt: skip
     return q, k, v
 
@@ -433,22 +471,24 @@ def cca_backward(
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
     blocks = cdiv(T, c["BT"])
-    shape = dict(h=h, TAPS=TAPS, BH=block(h))
+    shape = dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2))
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
     launch(
         cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
-        partial, T, width, Hq=H - Hk, Hk=Hk, HALF=cos.shape[-1], **shape, **c,
+        partial, T, width, **shape, **c,
     )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
     launch(
-        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, Hq=H - Hk, Hk=Hk,
-        **shape, **c,
+        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c,
     )  # fmt: skip
     c = config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (len(by_part), TAPS * H, cdiv(h, c["BK"]))
-    launch(cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, **shape, **c)
+    launch(
+        cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, h=h, TAPS=TAPS,
+        BH=block(h), **c,
+    )  # fmt: skip
     return grad_qkv, by_part.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
 
 
@@ -550,29 +590,13 @@ def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.cons
 
 
 @triton.jit
-def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
-                          state, first, second, all_p, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr,
-                          ALONE: tl.constexpr, EARLY: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                          BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT). DEEP: not the first layer. ALONE: a single program; else counts (CLASSES) int32 start at 0.
-
-    For the backward pass, or None: first and second (N, R), the layers' outputs before their GELU; all_p (N, CLASSES).
-    """
-    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
-    wait_for_the_kernel_before(EARLY)
-    x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
-    if DEEP:
-        x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
-    store_matrix(state, n[:, None], N, c[None, :], R, x)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
-    thought = two_layers(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
-    if second is not None:
-        store_matrix(second, n[:, None], N, c[None, :], R, thought)
-    thought = gelu(thought).to(W1.dtype.element_ty)
+def choose(thought, W3, balancing, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
+           BE: tl.constexpr):  # fmt: skip
+    """From what enters the third layer (BT, BR) to tokens n's probability and choice, and all_p unless that is None
+    -> the choice (BT) int32."""
     largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
-    best = tl.full((BT,), float("-inf"), tl.float32)
-    chosen, p_chosen = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.float32)
+    best = tl.full((thought.shape[0],), float("-inf"), tl.float32)
+    chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.zeros((thought.shape[0],), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
@@ -585,13 +609,39 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
         best = tl.maximum(best, top)
     tl.store(probability + n, p_chosen, mask=n < N)
     tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
+    return chosen
+
+
+@triton.jit
+def hits(choice, n, N, e):
+    """How many of the tokens n below N chose each of the classes e."""
+    return tl.sum(((choice[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
+
+
+@triton.jit
+def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
+                          state, first, second, all_p, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr,
+                          BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT). DEEP: not the first layer. counts (CLASSES) int32 start at 0.
+
+    For the backward pass, or None: first and second (N, R), the layers' outputs before their GELU; all_p (N, CLASSES).
+    """
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
+    if DEEP:
+        x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
+    store_matrix(state, n[:, None], N, c[None, :], R, x)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
+    a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
+    thought = two_layers(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
+    if second is not None:
+        store_matrix(second, n[:, None], N, c[None, :], R, thought)
+    thought = gelu(thought).to(W1.dtype.element_ty)
+    chosen = choose(thought, W3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        hits = tl.sum(((chosen[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
-        if ALONE:
-            tl.store(counts + e, hits, mask=e < CLASSES)
-        else:  # integers may be added in any order
-            tl.atomic_add(counts + e, hits, mask=(e < CLASSES) & (hits > 0), sem="relaxed")
+        count = hits(chosen, n, N, e)  # integers may be added in any order
+        tl.atomic_add(counts + e, count, mask=(e < CLASSES) & (count > 0), sem="relaxed")
 
 
 @triton.jit
@@ -661,16 +711,13 @@ def router_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route; and, to keep for the backward pass, both layers' outputs before their GELU (2, N, R), and all
     probabilities (N, classes)."""
-    few = len(r) <= config("router_of_few")["BT"] and W1[0].nbytes <= 512  # for its stages of W1 and W2 to fit
-    N, grid, shape = router_shape("router_of_few" if few else "router", r, W3)
+    N, grid, shape = router_shape("router", r, W3)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
-    choice, alone = r.new_empty(N, dtype=torch.int64), grid == (1,)
-    counts = (r.new_empty if alone else r.new_zeros)(len(W3), dtype=torch.int32)
+    choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(len(W3), dtype=torch.int32)
     kept, all_p = W1.new_empty(2 if keep else 0, N, shape["R"]), state.new_empty(N if keep else 0, len(W3))
     launch(
         router_forward_kernel, grid, r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
-        counts, state, *((*kept, all_p) if keep else [None] * 3), N, DEEP=previous is not None, ALONE=alone, **shape,
-        **(early_start() if few else {"EARLY": False}),
+        counts, state, *((*kept, all_p) if keep else [None] * 3), N, DEEP=previous is not None, **shape,
     )  # fmt: skip
     return probability, choice, counts, state, kept, all_p
 
@@ -720,6 +767,8 @@ router_forward.register_autograd(router_gradient, setup_context=save_for_router)
 
 
 def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
+    if len(r) <= 16 and not torch.is_grad_enabled():
+        return router_of_few(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing)
     return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing, torch.is_grad_enabled())[:4]
 
 
@@ -741,8 +790,7 @@ def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr, BE: tl.co
     expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
     for e0 in range(0, E, BE):
         e = e0 + tl.arange(0, BE)
-        hits = tl.sum(((expert[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
-        tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits, mask=e < E)
+        tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits(expert, n, N, e), mask=e < E)
 
 
 @triton.jit
@@ -1047,10 +1095,22 @@ def experts(x, gate_up, down, offsets):
 
 
 @triton.jit
+def scaled(x, scale, bias, d, D):
+    """(x + bias) * scale; None: without."""
+    x = load_vector(x, d, D)
+    if bias is not None:
+        x += load_vector(bias, d, D)
+    if scale is not None:
+        x *= load_vector(scale, d, D)
+    return x
+
+
+@triton.jit
 def merged(stream, out, s_r, b_r, s_o, b_o, weight, d, D, eps):
-    """One token's new stream, and the same normed: (BD) each, fp32."""
-    x = (load_vector(stream, d, D) + load_vector(b_r, d, D)) * load_vector(s_r, d, D)
-    x += (load_vector(out, d, D) + load_vector(b_o, d, D)) * load_vector(s_o, d, D)
+    """One token's new stream, and the same normed: (BD) each, fp32. stream None: there is none yet."""
+    x = scaled(out, s_o, b_o, d, D)
+    if stream is not None:
+        x += scaled(stream, s_r, b_r, d, D)
     w = load_vector(weight, d, D)  # before the sum, for which threads wait for each other
     return x, x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * w
 
@@ -1140,7 +1200,57 @@ def merge_gradient(ctx, grad_new, grad_normed):
 merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Decoding: one new token's products, its CCA, its attention over the cache, and a few tokens through their experts
+# 6. Cross-entropy: the logits once for their softmax's denominator, and once for the gradient
+#
+#     for BV logits: total = total + exp(logit - largest), or total * exp(largest - logit) + 1 with a new largest
+#     for BV logits: write exp(logit - largest - log total), less 1 at the target
+#
+# Each of the BV places has a running maximum and sum of its own, so that threads need not wait for each other; the
+# exponential is the same one in both cases, of -|logit - largest|.
+
+LOW = tl.constexpr(-1e30)  # the first maximum: from infinity, infinity could not be subtracted
+
+
+@triton.jit
+def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.constexpr, BV: tl.constexpr):
+    """Grid (n). logits and grad (n, stride), of which V columns count. KEEP: the gradient is asked for."""
+    n, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+    logits += n * stride
+    target = tl.load(targets + n)
+    wanted = tl.load(logits + target).to(tl.float32)
+    largest, total = tl.full((BV,), LOW, tl.float32), tl.zeros((BV,), tl.float32)
+    for v0 in range(0, V, BV):
+        z = tl.load(logits + v0 + lanes, mask=v0 + lanes < V, other=float("-inf")).to(tl.float32)
+        share = tl.exp(-tl.abs(z - largest))
+        total = tl.where(z > largest, total * share + 1.0, total + share)
+        largest = tl.maximum(largest, z)
+    most = tl.max(largest, axis=0)
+    log_total = most + tl.log(tl.sum(tl.where(largest > LOW, total * tl.exp(largest - most), 0.0), axis=0))
+    tl.store(losses + n, log_total - wanted)
+    if KEEP:
+        for v0 in range(0, stride, BV):
+            v = v0 + lanes
+            z = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            p = tl.exp(z - log_total) - tl.where(v == target, 1.0, 0.0)
+            tl.store(grad + n * stride + v, p.to(grad.dtype.element_ty), mask=v < stride)
+
+
+@operator
+def cross_entropy_forward(logits: Tensor, targets: Tensor, V: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """As zaya.cross_entropy; without keep the gradient is empty."""
+    n, stride = logits.shape
+    losses, grad = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n if keep else 0, stride)
+    launch(cross_entropy_kernel, (n,), logits, targets, losses, grad, stride, V, KEEP=keep, **config("cross_entropy"))
+    return losses, grad
+
+
+def cross_entropy(logits, targets, V, with_gradient):
+    losses, grad = cross_entropy_forward(logits, targets, V, with_gradient)
+    return losses, grad if with_gradient else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Decoding: one new token's products, its CCA, its attention over the cache, and a few tokens through their experts
 #
 # All are bound by memory: the matrices, the keys and values; and by the number of launches. So a product takes the
 # merge before it along: every program does that for the whole row again, while its part of the matrix is on the way;
@@ -1153,35 +1263,42 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 
 @triton.jit
 def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
-               EARLY: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+               GELU: tl.constexpr, EARLY: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
-    the stream that x joins, normed; the first program of a row also writes new and normed, as merge does."""
+    the stream that x joins, normed; the first program of a row also writes new and normed, as merge does. GELU: of the
+    result."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    let_the_next_start(EARLY)
     matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
         y = load_vector(bias, m, M)
     wait_for_the_kernel_before(EARLY)
     if MERGE:
-        merged_stream, row = merged(stream + n * K, x + n * K, s_r, b_r, s_o, b_o, norm, k, K, eps)
+        if stream is not None:
+            stream += n * K
+        merged_stream, row = merged(stream, x + n * K, s_r, b_r, s_o, b_o, norm, k, K, eps)
         if tl.program_id(0) == 0:
             tl.store(new + n * K + k, merged_stream, mask=k < K)
-            tl.store(normed + n * K + k, row.to(normed.dtype.element_ty), mask=k < K)
+            if normed is not None:
+                tl.store(normed + n * K + k, row.to(normed.dtype.element_ty), mask=k < K)
     else:
         row = load_vector(x + n * K, k, K)
     y += tl.sum(matrix.to(tl.float32) * row[None, :], axis=1)
+    if GELU:
+        y = gelu(y)
     tl.store(out + n * M + m, y.to(out.dtype.element_ty), mask=m < M)
 
 
-def row_product(x, weight, bias, merging):
-    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None."""
+def row_product(x, weight, bias=None, merging=None, activate=False):
+    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None. activate: by GELU."""
     (N, K), M = x.shape, len(weight)
     BK, out = block(K), weight.new_empty(N, M)
     # The largest power of two that leaves 128 programs (if M is that large), and at most 16,384 numbers for one to hold
     BF = max(1, min(next_power_of_2(M // 128 + 1) // 2, 16384 // BK))
     launch(
         row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
-        BF=BF, BK=BK, **early_start(), **config("row"),
+        GELU=activate, BF=BF, BK=BK, **early_start(), **config("row"),
     )  # fmt: skip
     return out
 
@@ -1189,7 +1306,7 @@ def row_product(x, weight, bias, merging):
 @operator
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """As zaya.product."""
-    return row_product(x.contiguous(), weight, None, None)
+    return row_product(x.contiguous(), weight)
 
 
 @operator
@@ -1204,6 +1321,63 @@ def merged_product(
 
 
 @triton.jit
+def choose_kernel(thought, W3, balancing, probability, choice, counts, N, R: tl.constexpr, CLASSES: tl.constexpr,
+                  EARLY: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """Grid (1): the router's last layer and its choice, of up to BT tokens."""
+    n = tl.arange(0, BT)
+    let_the_next_start(EARLY)
+    wait_for_the_kernel_before(EARLY)
+    thought = load_matrix(thought, n[:, None], N, tl.arange(0, BR)[None, :], R)
+    chosen = choose(thought, W3, balancing, probability, choice, None, n, N, R, CLASSES, BE)
+    for e0 in range(0, CLASSES, BE):
+        e = e0 + tl.arange(0, BE)
+        tl.store(counts + e, hits(chosen, n, N, e), mask=e < CLASSES)
+
+
+@operator
+def router_of_few(
+    r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
+    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.route, of at most 16 tokens: a layer a launch, for a single program would have to read all matrices.
+    Depth averaging and norm are a merge, of the previous state, times gamma, and r."""
+    (N, R), state = r.shape, torch.empty_like(r, dtype=torch.float32)
+    probability, choice = state.new_empty(N), r.new_empty(N, dtype=torch.int64)
+    counts = r.new_empty(len(W3), dtype=torch.int32)
+    averaging = previous, gamma, None, None, None, norm, eps, state, None
+    thought = row_product(row_product(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
+    launch(
+        choose_kernel, (1,), thought, W3, balancing, probability, choice, counts, N, R=R, CLASSES=len(W3), BT=16,
+        BR=block(R), BE=min(32, block(len(W3))), **early_start(), **config("choose"),
+    )  # fmt: skip
+    return probability, choice, counts, state
+
+
+@triton.jit
+def of_the_past(recent, w, w_bias, position, head, j0, SIZE: tl.constexpr, WIDTH: tl.constexpr, h: tl.constexpr,
+                TAPS0: tl.constexpr, TAPS1: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """What the first convolution makes of the tokens before the newest, for inputs j0 to j0 + BK of the second: number
+    j is channel j // TAPS1 at its tap j % TAPS1 -> (BK) fp32."""
+    j = j0 + tl.arange(0, BK)
+    tap, inside, column = j % TAPS1, j < h * TAPS1, head * h + j // TAPS1
+    x = tl.load(w_bias + column, mask=inside, other=0.0).to(tl.float32)
+    for a in tl.static_range(TAPS0):
+        ago = TAPS0 + TAPS1 - 2 - tap - a
+        row = (position + SIZE - ago) % SIZE
+        value = tl.load(recent + row * WIDTH + column, mask=inside & (ago > 0), other=0.0).to(tl.float32)
+        x += value * tl.load(w + column * TAPS0 + a, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def turn(x, cosine, sine, HALF: tl.constexpr):
+    """RoPE of x (1, BH): channels c and c + HALF turn in their plane, those from 2 * HALF on stay."""
+    c = tl.arange(0, x.shape[1])
+    partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+    return x * cosine + tl.gather(x, partner[None, :], axis=1) * sine * tl.where(c < HALF, -1, 1)[None, :]
+
+
+@triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
                     TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,
@@ -1211,15 +1385,12 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
     head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
-    P: tl.constexpr = TAPS0 + TAPS1 - 2
     WIDTH: tl.constexpr = (H + Hk) * h
-    # Of W (H, h, h, TAPS1) a head's rows, of h * TAPS1 numbers each, a step ahead of their use
-    W += head * h * h * TAPS1
-    matrix = load_matrix(W, c[:, None], tl.where(head < H, h, 0), tl.arange(0, BK)[None, :], h * TAPS1)
-    wait_for_the_kernel_before(EARLY)
+    let_the_next_start(EARLY)
     position = tl.load(end).to(tl.int64) - 1
     qkv, recent = qkv + b * WIDTH, recent + b * SIZE * WIDTH
     if head == H:
+        wait_for_the_kernel_before(EARLY)
         newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
         for c0 in range(0, Hk * h, BH):
             column = c0 + c
@@ -1229,31 +1400,31 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             x = tl.load(before + H * h + column, mask=inside & late, other=x)
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
-        # First ask for what need not wait for the position: the angles, and the heads of the q-k mean (those of
-        # mean_with_partners)
+        # First what need not wait for the new token. acc[o] = sum over j of W[o, j] * x[j]; a row of W (H, h, h, TAPS1)
+        # is (h, TAPS1) laid flat: j is channel k at `tap`. BK of the j are asked for at a time, a step ahead of their use
+        W += head * h * h * TAPS1
+        matrix = load_matrix(W, c[:, None], h, tl.arange(0, BK)[None, :], h * TAPS1)
+        x = of_the_past(recent, w, w_bias, position, head, 0, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
+        cosine, sine = load_angles(cos, sin, tl.arange(0, 1), 1, tl.where(c < 2 * HALF, c % HALF, HALF), HALF)
+        bias, length = load_vector(W_bias + head * h, c, h), load_length(temp, head, Hq, h)
+        wait_for_the_kernel_before(EARLY)
+        # The heads of the q-k mean (those of mean_with_partners)
         GROUP: tl.constexpr = Hq // Hk
-        own, bias = tl.load(qkv + head * h + c, mask=c < h, other=0.0), load_vector(W_bias + head * h, c, h)
+        own = tl.load(qkv + head * h + c, mask=c < h, other=0.0)
         first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)
         partners = load_matrix(qkv + first * h, tl.arange(0, BG)[:, None], sharers, c[None, :], h).to(tl.float32)
-        cosine, sine = load_angles(cos, sin, tl.arange(0, 1), 1, HALF, BH)
-        length = load_length(temp, head, Hq, h)
-        # acc[o] = sum over j of W[o, j] * x[j]. A row of W is (h, TAPS1) laid flat: j is channel k at `tap`; and x[j]
-        # is what the first convolution makes of that channel in TAPS0 tokens, each `ago` steps back
         acc = tl.zeros((BH,), tl.float32)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
-            k, tap, inside = j // TAPS1, j % TAPS1, j < h * TAPS1
-            x = tl.load(w_bias + head * h + k, mask=inside, other=0.0).to(tl.float32)
-            for a in tl.static_range(TAPS0):
-                ago, column = P - tap - a, head * h + k
-                old = recent + (position + SIZE - ago) % SIZE * WIDTH + column
-                value = tl.load(old, mask=inside & (ago > 0), other=0.0)
-                value += tl.load(qkv + column, mask=inside & (ago == 0), other=0.0)
-                x += value.to(tl.float32) * tl.load(w + column * TAPS0 + a, mask=inside, other=0.0).to(tl.float32)
+            column, newest = head * h + j // TAPS1, (j < h * TAPS1) & (j % TAPS1 == TAPS1 - 1)
+            value = tl.load(qkv + column, mask=newest, other=0.0).to(tl.float32)
+            x += value * tl.load(w + column * TAPS0 + TAPS0 - 1, mask=newest, other=0.0).to(tl.float32)
             acc += tl.sum(matrix.to(tl.float32) * x[None, :], axis=1)
             matrix = load_matrix(W, c[:, None], h, BK + j[None, :], h * TAPS1)
+            x = of_the_past(recent, w, w_bias, position, head, j0 + BK, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
         acc += bias + 0.5 * (own.to(tl.float32) + tl.sum(partners, axis=0) / sharers)
-        x, t = normalize_and_turn(acc[None, :], length, cosine, sine, HALF, 1, BH), tl.arange(0, 1)
+        norm = tl.maximum(tl.sqrt(tl.sum(acc * acc, axis=0)), EPS)
+        x, t = turn((acc * (length / norm))[None, :], cosine, sine, HALF), tl.arange(0, 1)
         if head < Hq:
             store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)
         else:
@@ -1288,17 +1459,25 @@ def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexp
     """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
     SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighted."""
-    n, m = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF)
-    wait_for_the_kernel_before(EARLY)
+    n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    if SWIGLU:
+        wait_for_the_kernel_before(EARLY)
+    let_the_next_start(EARLY)  # the second of the two kernels starts after the first has waited: choice can be read
     expert = tl.load(choice + n)
-    w = weight + expert * (2 * M if SWIGLU else M) * K
+    w, rows = weight + expert * (2 * M if SWIGLU else M) * K, tl.where(expert < E, M, 0)  # a skipped token's stay zeros
+    matrix = load_matrix(w, m[:, None], rows, k[None, :], K)  # a step ahead of its use
+    if SWIGLU:
+        matrix_up = load_matrix(w + M * K, m[:, None], rows, k[None, :], K)
+    else:
+        wait_for_the_kernel_before(EARLY)
     acc, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
-    for k0 in range(0, tl.where(expert < E, K, 0), BK):  # of a skipped token nothing is read, and zeros stay
-        k = k0 + tl.arange(0, BK)
-        row = load_vector(x + n * K, k, K)[None, :]
-        acc += tl.sum(load_matrix(w, m[:, None], M, k[None, :], K).to(tl.float32) * row, axis=1)
+    for k0 in range(0, K, BK):
+        row = load_vector(x + n * K, k0 + k, K)[None, :]
+        acc += tl.sum(matrix.to(tl.float32) * row, axis=1)
+        matrix = load_matrix(w, m[:, None], rows, k0 + BK + k[None, :], K)
         if SWIGLU:
-            up += tl.sum(load_matrix(w + M * K, m[:, None], M, k[None, :], K).to(tl.float32) * row, axis=1)
+            up += tl.sum(matrix_up.to(tl.float32) * row, axis=1)
+            matrix_up = load_matrix(w + M * K, m[:, None], rows, k0 + BK + k[None, :], K)
     if SWIGLU:
         tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
     else:
@@ -1308,7 +1487,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexp
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), (E, _, F), c = x.shape, down.shape, config("few") | early_start()
+    (N, D), (E, _, F), c = x.shape, down.shape, config("few" if len(x) > 1 else "one") | early_start()
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
     launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, D, SWIGLU=True, **c)
     launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, F, SWIGLU=False, **c)
@@ -1326,7 +1505,7 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
     GROUP: tl.constexpr = Hq // Hk
     g, c = tl.arange(0, BG), tl.arange(0, BH)
-    wait_for_the_kernel_before(EARLY)
+    let_the_next_start(EARLY)
     now = tl.load(end).to(tl.int32)
     first = tl.maximum(now - window, 0)
     share = tl.cdiv(tl.cdiv(now - first, SPLITS), BS) * BS
@@ -1334,6 +1513,7 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     stop = tl.minimum(start + share, now)
     query = b * Hq + head * GROUP + g
     mine = (g < GROUP)[:, None] & (c < h)[None, :]
+    wait_for_the_kernel_before(EARLY)
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
     acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
     largest = tl.full((BG,), float("-inf"), tl.float32)
@@ -1358,6 +1538,7 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
 def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, BH: tl.constexpr):
     """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
     s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
+    let_the_next_start(EARLY)
     wait_for_the_kernel_before(EARLY)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
     largest, total = tl.load(own + h), tl.load(own + h + 1)

@@ -428,6 +428,20 @@ def newton_schulz(g, steps=5):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
+def follow(grad, momentum_buffer, momentum):
+    """Take a gradient into the momentum -> Nesterov's step."""
+    grad, dtype = grad.float(), grad.dtype
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    return grad.lerp(momentum_buffer, momentum).to(dtype)
+
+
+def move(master, update, keep, scale, copy):
+    """master <- keep * master - scale * update; and the same to its copy in another dtype, unless that is None."""
+    master.mul_(keep).sub_(update.float() * scale)
+    if copy is not None:
+        copy.copy_(master)
+
+
 class Muon:
     """Momentum, made orthogonal: every direction of a weight matrix is moved by the same amount [R].
 
@@ -441,8 +455,12 @@ class Muon:
 
     BATCH = 2**22  # numbers in a batch: larger ones leave a CPU's cache
 
-    def __init__(self, parameters, dtype, momentum, weight_decay, ranks):
+    def __init__(self, parameters, dtype, momentum, weight_decay, ranks, compiled=False):
+        """compiled: by torch.compile, each pass over memory once."""
         self.parameters, self.momentum, self.weight_decay, self.ranks = parameters, momentum, weight_decay, ranks
+        self.follow, self.move = (
+            torch.compile(function, dynamic=True) if compiled else function for function in (follow, move)
+        )
         self.owner = self.share_out()
         self.rounds = list(zip_longest(*(self.batches(rank) for rank in range(ranks.world)), fillvalue=[]))
         own = [name for name in parameters if self.owner[name] == ranks.rank]
@@ -494,17 +512,16 @@ class Muon:
         """Move the parameters of one batch."""
         steps = []
         for name in names:
-            grad, buffer = self.parameters[name].grad.float(), self.buffer[name]
-            buffer.lerp_(grad, 1 - self.momentum)
-            steps.append(self.matrices(name, grad.lerp(buffer, self.momentum)))  # Nesterov
-        steps = torch.cat(steps)
-        dtype = self.parameters[names[0]].dtype  # bf16 is exact enough where the weights are bf16
-        steps = newton_schulz(steps.to(dtype)).float() * (0.2 * math.sqrt(max(steps.shape[1:])))
+            grad = self.parameters[name].grad
+            step = self.follow(grad.view(-1), self.buffer[name].view(-1), self.momentum)
+            steps.append(self.matrices(name, step.view(grad.shape)))
+        steps = newton_schulz(torch.cat(steps))  # in the weights' dtype: bf16 is exact enough where they are bf16
+        # On the device: for a new Python number torch.compile would compile anew.
+        numbers = 1 - lr * self.weight_decay, lr * 0.2 * math.sqrt(max(steps.shape[1:]))
+        keep, scale = (torch.full((), number, device=steps.device) for number in numbers)
         for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
-            master = self.master[name]
-            master.mul_(1 - lr * self.weight_decay).sub_(update.reshape(master.shape), alpha=lr)
-            if self.parameters[name].dtype != torch.float32:
-                self.parameters[name].copy_(master)
+            copy = None if self.parameters[name].dtype == torch.float32 else self.parameters[name].view(-1)
+            self.move(self.master[name].view(-1), update.reshape(-1), keep, scale, copy)
 
     def collect(self, own):
         """{name: tensor} of all parameters, from every rank's own, in rank 0's CPU memory; nothing on the others."""
@@ -599,7 +616,7 @@ class Optimizer:
         named = dict(model.named_parameters())
         matrices = {name: p for name, p in named.items() if p.ndim >= 2 and not re.search("embed|lm_head|conv", name)}
         self.rest = {name: p for name, p in named.items() if name not in matrices}
-        self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay, ranks)
+        self.muon = Muon(matrices, dtype, config.momentum, config.weight_decay, ranks, config.compile)
         self.adamw = AdamW(self.rest.values(), ranks)
         model.cast(dtype)
         # [R] eq. 5: AdamW gets, in place of a bias's gradient, its expert's share of the tokens less 1 / E, and makes a

@@ -34,7 +34,7 @@ def cases(config, B, T, device, dtype):
 
     c, N, P = config, B * T, config.past_tokens
     D, E, F, R, h = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.router_hidden_size, c.head_dim
-    Hq, Hk, fp32 = c.num_attention_heads, c.num_key_value_heads, torch.float32
+    Hq, Hk, V, fp32 = c.num_attention_heads, c.num_key_value_heads, c.vocab_size, torch.float32
     C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
     angles = torch.rand(T, 1, c.rotary_dim // 2, device=device)
     choice = torch.randint(E, (N,), device=device)
@@ -72,6 +72,10 @@ def cases(config, B, T, device, dtype):
         "merge": (
             (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
             N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
+        ),
+        "cross_entropy": (
+            (random(cdiv(N, 16), V, grad=False), torch.randint(V, (cdiv(N, 16),), device=device), V, True),
+            2 * cdiv(N, 16) * V * size, 0, 0, 0,
         ),
         "product": (
             (random(1, Hq * h, grad=False), random(D, Hq * h, grad=False)), D * Hq * h * size, 2 * D * Hq * h, 0, 0
@@ -301,7 +305,6 @@ def resources_on_nvidia(compiled, warps):
     if compiled.metadata.launch_pdl:  # see kernels.early_start
         before, wait, _ = ptx.partition("griddepcontrol.wait")
         assert wait and "st.global" not in before, "starts early, and writes before it waits"
-        assert compiled.metadata.name in ("row_kernel", "cca_step_kernel") or "ld.global" not in before
     products = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
     return registers, spills, shared, products, waves
 
@@ -322,7 +325,7 @@ def compile_for(architecture, dtype, head_dim):
     )
 
     def compile_and_print(kernel, grid, *args, **constants):
-        variants = {"ALONE": " (few)", "SWIGLU": " (SwiGLU)", "MERGE": " (merge)"}
+        variants = {"GELU": " (GELU)", "SWIGLU": " (SwiGLU)", "MERGE": " (merge)"}
         label = kernel.__name__ + "".join(text for name, text in variants.items() if constants.get(name))
         if label not in seen:
             seen.add(label)
@@ -332,8 +335,9 @@ def compile_for(architecture, dtype, head_dim):
     kernels.launch, kernels.architecture = compile_and_print, lambda: architecture
     config = replace(zaya.PRESETS["zaya1-8b"], head_dim=head_dim)
     for B, T in ((4, 4096), (1, 1)):
-        for name, (args, *_) in cases(config, B, T, "meta", dtype).items():
-            evaluate(getattr(kernels, name), args)[1]()
+        with torch.set_grad_enabled(T > 1):
+            for name, (args, *_) in cases(config, B, T, "meta", dtype).items():
+                evaluate(getattr(kernels, name), args)[1]()
 
 
 def main():

@@ -86,7 +86,7 @@ def main():
         nonlocal ours, weights
         torch.manual_seed(0)
         model = Zaya(twin, flags.kernels).to(device)
-        optimizer = Optimizer(model, TrainConfig(), dtype, ALONE)
+        optimizer = Optimizer(model, TrainConfig(compile=compiled), dtype, ALONE)
         run = torch.compile(model, dynamic=False) if compiled else model
         load = torch.full((config.num_hidden_layers, config.num_experts), 1 / config.num_experts, device=device)
 
