@@ -52,8 +52,8 @@ ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
-    "router": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (32, 32, 4, 1)),
-    "router_backward": ("BT BN", (16, 32, 4, 1), (32, 32, 8, 2), (16, 32, 8, 1)),
+    "router": ("BT BN", (16, 32, 4, 1), (32, 64, 4, 2), (32, 32, 4, 1)),
+    "router_backward": ("BT BN", (16, 32, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
     "choose": ("", (4, 1), (4, 1), (4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
@@ -61,17 +61,17 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "swiglu_backward": ("BT BF", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
     "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
-    "merge_backward": ("AHEAD", (1, 8, 1), (3, 8, 1), (1, 4, 1)),
+    "merge_backward": ("AHEAD", (1, 8, 1), (4, 8, 1), (1, 4, 1)),
     "cross_entropy": ("BV", (2048, 4, 1), (4096, 8, 1), (2048, 4, 1)),
     "row": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
-    "one": ("BF BK", (4, 2048, 4, 1), (2, 2048, 8, 1), (4, 512, 4, 1)),
     "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
 }
 # How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
 # CUs, and of an H200's 132 SMs; for others as many as for an MI300X.
 PROGRAMS = 1216, 528, 1216
+EXPERT_PROGRAMS = 1216, 132, 1216
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
@@ -569,37 +569,38 @@ def two_layers(a, W1, b1, W2, b2, first, n, N, R: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def logits(thought, W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.constexpr):
-    """Those of BE classes from e0 on, -inf for what is no class."""
-    e = e0 + tl.arange(0, BE)
-    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, thought.shape[1])[:, None], R)
+def load_classes(W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
+    """The last layer's weights of BE classes from e0 on, (BR, BE)."""
+    return load_matrix(W3, (e0 + tl.arange(0, BE))[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
+
+
+@triton.jit
+def logits(thought, w3, e0, CLASSES: tl.constexpr):
+    """Those of BE classes from e0 on, -inf for what is no class. thought (BT, BR), w3 (BR, BE)."""
+    e = e0 + tl.arange(0, w3.shape[1])
     return tl.where((e < CLASSES)[None, :], dot(thought, w3), float("-inf"))
 
 
 @triton.jit
-def log_sum_exp(thought, W3, R: tl.constexpr, CLASSES: tl.constexpr, BE: tl.constexpr):
-    """The maximum of the logits and the sum of exp(logit - maximum), (BT) each."""
-    largest = tl.full((thought.shape[0],), float("-inf"), tl.float32)
-    total = tl.zeros((thought.shape[0],), tl.float32)
-    for e0 in range(0, CLASSES, BE):
-        z = logits(thought, W3, e0, R, CLASSES, BE)
+def choose(thought, W3, w3, balancing, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
+           BE: tl.constexpr):  # fmt: skip
+    """From what enters the third layer (BT, BR), and w3, the weights of its first BE classes, to tokens n's probability
+    and choice, and all_p unless that is None -> the choice (BT) int32."""
+    z = logits(thought, w3, 0, CLASSES)
+    largest = tl.max(z, axis=1)
+    total = tl.sum(tl.exp(z - largest[:, None]), axis=1)
+    for e0 in range(BE, CLASSES, BE):
+        z = logits(thought, load_classes(W3, e0, R, CLASSES, w3.shape[0], BE), e0, CLASSES)
         new = tl.maximum(largest, tl.max(z, axis=1))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
         largest = new
-    return largest, total
-
-
-@triton.jit
-def choose(thought, W3, balancing, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
-           BE: tl.constexpr):  # fmt: skip
-    """From what enters the third layer (BT, BR) to tokens n's probability and choice, and all_p unless that is None
-    -> the choice (BT) int32."""
-    largest, total = log_sum_exp(thought, W3, R, CLASSES, BE)
     best = tl.full((thought.shape[0],), float("-inf"), tl.float32)
     chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.zeros((thought.shape[0],), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        p = tl.exp(logits(thought, W3, e0, R, CLASSES, BE) - largest[:, None]) / total[:, None]
+        if CLASSES > BE:  # else z is still the only block's
+            z = logits(thought, load_classes(W3, e0, R, CLASSES, w3.shape[0], BE), e0, CLASSES)
+        p = tl.exp(z - largest[:, None]) / total[:, None]
         if all_p is not None:
             store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
         score = tl.where((e < CLASSES)[None, :], p + tl.load(balancing + e, mask=e < CLASSES)[None, :], float("-inf"))
@@ -637,7 +638,8 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
     if second is not None:
         store_matrix(second, n[:, None], N, c[None, :], R, thought)
     thought = gelu(thought).to(W1.dtype.element_ty)
-    chosen = choose(thought, W3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
+    w3 = load_classes(W3, 0, R, CLASSES, BR, BE)
+    chosen = choose(thought, W3, w3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         count = hits(chosen, n, N, e)  # integers may be added in any order
@@ -1025,7 +1027,7 @@ def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
     N, c = len(x), grouped_config(kernel, x)
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
-    return (min(for_this_gpu(PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
+    return (min(for_this_gpu(EXPERT_PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
 
 
 def grouped_linear(x, weight, offsets):
@@ -1095,31 +1097,30 @@ def experts(x, gate_up, down, offsets):
 
 
 @triton.jit
-def scaled(x, scale, bias, d, D):
-    """(x + bias) * scale; None: without."""
-    x = load_vector(x, d, D)
-    if bias is not None:
-        x += load_vector(bias, d, D)
+def load_affine(scale, bias, d, D):
+    """A scale and a bias (BD), 1 and 0 for None."""
+    s, b = 1.0, 0.0
     if scale is not None:
-        x *= load_vector(scale, d, D)
-    return x
+        s = load_vector(scale, d, D)
+    if bias is not None:
+        b = load_vector(bias, d, D)
+    return s, b
 
 
 @triton.jit
-def merged(stream, out, s_r, b_r, s_o, b_o, weight, d, D, eps):
-    """One token's new stream, and the same normed: (BD) each, fp32. stream None: there is none yet."""
-    x = scaled(out, s_o, b_o, d, D)
-    if stream is not None:
-        x += scaled(stream, s_r, b_r, d, D)
-    w = load_vector(weight, d, D)  # before the sum, for which threads wait for each other
-    return x, x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * w
+def normed_by(x, weight, D, eps):
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
 
 
 @triton.jit
 def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD: tl.constexpr):
     """Grid (N)."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    x, y = merged(stream + n * D, out + n * D, s_r, b_r, s_o, b_o, weight, d, D, eps)
+    sr, br = load_affine(s_r, b_r, d, D)
+    so, bo = load_affine(s_o, b_o, d, D)
+    w = load_vector(weight, d, D)  # before the sum, for which threads wait for each other
+    x = (load_vector(stream + n * D, d, D) + br) * sr + (load_vector(out + n * D, d, D) + bo) * so
+    y = normed_by(x, w, D, eps)
     tl.store(new + n * D + d, x, mask=d < D)
     tl.store(normed + n * D + d, y.to(normed.dtype.element_ty), mask=d < D)
 
@@ -1273,17 +1274,22 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
         y = load_vector(bias, m, M)
-    wait_for_the_kernel_before(EARLY)
     if MERGE:
+        sr, br = load_affine(s_r, b_r, k, K)
+        so, bo = load_affine(s_o, b_o, k, K)
+        w = load_vector(norm, k, K)
+    wait_for_the_kernel_before(EARLY)
+    row = load_vector(x + n * K, k, K)
+    if MERGE:
+        row = (row + bo) * so
         if stream is not None:
-            stream += n * K
-        merged_stream, row = merged(stream, x + n * K, s_r, b_r, s_o, b_o, norm, k, K, eps)
+            row += (load_vector(stream + n * K, k, K) + br) * sr
         if tl.program_id(0) == 0:
-            tl.store(new + n * K + k, merged_stream, mask=k < K)
-            if normed is not None:
+            tl.store(new + n * K + k, row, mask=k < K)
+        row = normed_by(row, w, K, eps)
+        if normed is not None:
+            if tl.program_id(0) == 0:
                 tl.store(normed + n * K + k, row.to(normed.dtype.element_ty), mask=k < K)
-    else:
-        row = load_vector(x + n * K, k, K)
     y += tl.sum(matrix.to(tl.float32) * row[None, :], axis=1)
     if GELU:
         y = gelu(y)
@@ -1291,7 +1297,8 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
 
 
 def row_product(x, weight, bias=None, merging=None, activate=False):
-    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None. activate: by GELU."""
+    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None; activate: by
+    GELU."""
     (N, K), M = x.shape, len(weight)
     BK, out = block(K), weight.new_empty(N, M)
     # The largest power of two that leaves 128 programs (if M is that large), and at most 16,384 numbers for one to hold
@@ -1326,9 +1333,10 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, N, R: tl.
     """Grid (1): the router's last layer and its choice, of up to BT tokens."""
     n = tl.arange(0, BT)
     let_the_next_start(EARLY)
+    w3 = load_classes(W3, 0, R, CLASSES, BR, BE)
     wait_for_the_kernel_before(EARLY)
     thought = load_matrix(thought, n[:, None], N, tl.arange(0, BR)[None, :], R)
-    chosen = choose(thought, W3, balancing, probability, choice, None, n, N, R, CLASSES, BE)
+    chosen = choose(thought, W3, w3, balancing, probability, choice, None, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         tl.store(counts + e, hits(chosen, n, N, e), mask=e < CLASSES)
@@ -1401,7 +1409,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             tl.store(cache_v + (b * S + position) * Hk * h + column, x, mask=inside)
     else:
         # First what need not wait for the new token. acc[o] = sum over j of W[o, j] * x[j]; a row of W (H, h, h, TAPS1)
-        # is (h, TAPS1) laid flat: j is channel k at `tap`. BK of the j are asked for at a time, a step ahead of their use
+        # is (h, TAPS1) laid flat. BK of the j are asked for at a time, a step ahead of their use
         W += head * h * h * TAPS1
         matrix = load_matrix(W, c[:, None], h, tl.arange(0, BK)[None, :], h * TAPS1)
         x = of_the_past(recent, w, w_bias, position, head, 0, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
@@ -1454,7 +1462,7 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 
 
 @triton.jit
-def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
+def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
                BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
@@ -1487,11 +1495,36 @@ def few_kernel(x, choice, weight, probability, out, E, M, K, SWIGLU: tl.constexp
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), (E, _, F), c = x.shape, down.shape, config("few" if len(x) > 1 else "one") | early_start()
+    (N, D), (E, _, F), c = x.shape, down.shape, config("few") | early_start()
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
-    launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, D, SWIGLU=True, **c)
-    launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, F, SWIGLU=False, **c)
+    launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, K=D, SWIGLU=True, **c)
+    launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, K=F, SWIGLU=False, **c)
     return out
+
+
+@triton.jit
+def load_past(k, v, s0, stop, now, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
+    """Keys and values (BS, BH) of positions s0 to stop but for the newest, which the kernel before may still write."""
+    s, c = s0 + tl.arange(0, BS), tl.arange(0, BH)
+    at, inside = (
+        s.to(tl.int64)[:, None] * (Hk * h) + c[None, :],
+        (s < tl.minimum(stop, now - 1))[:, None] & (c < h)[None, :],
+    )
+    return tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def attend_block(state, queries, keys, values, new_key, new_value, s0, stop, now, scale):
+    """The running softmax (sum of values, sum of weights, largest score) with BS positions from s0 on taken in."""
+    acc, total, largest = state
+    s = s0 + tl.arange(0, keys.shape[0])
+    is_newest = (s == now - 1)[:, None]
+    keys, values = tl.where(is_newest, new_key[None, :], keys), tl.where(is_newest, new_value[None, :], values)
+    scores = tl.where((s < stop)[None, :], dot(queries, tl.trans(keys)) * scale, float("-inf"))
+    new = tl.maximum(largest, tl.max(scores, axis=1))
+    weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
+    acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
+    return acc, total * shrink + tl.sum(weights, axis=1), new
 
 
 @triton.jit
@@ -1513,21 +1546,21 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     stop = tl.minimum(start + share, now)
     query = b * Hq + head * GROUP + g
     mine = (g < GROUP)[:, None] & (c < h)[None, :]
+    k, v = k + b.to(tl.int64) * S * Hk * h + head * h, v + b.to(tl.int64) * S * Hk * h + head * h
+    keys, values = load_past(k, v, start, stop, now, Hk, h, BS, BH)
     wait_for_the_kernel_before(EARLY)
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
+    newest = (now - 1).to(tl.int64) * Hk * h + c
+    new_key, new_value = tl.load(k + newest, mask=c < h, other=0.0), tl.load(v + newest, mask=c < h, other=0.0)
     acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
     largest = tl.full((BG,), float("-inf"), tl.float32)
-    for s0 in range(start, stop, BS):
-        s = s0 + tl.arange(0, BS)
-        at = ((b.to(tl.int64) * S + s) * Hk + head)[:, None] * h + c[None, :]
-        inside = (s < stop)[:, None] & (c < h)[None, :]
-        keys, values = tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
-        scores = dot(queries, tl.trans(keys)) * scale
-        scores = tl.where((s < stop)[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, axis=1))
-        weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
-        acc = dot(weights.to(values.dtype), values, acc * shrink[:, None])
-        total, largest = total * shrink + tl.sum(weights, axis=1), new
+    if start < stop:
+        state = acc, total, largest
+        acc, total, largest = attend_block(state, queries, keys, values, new_key, new_value, start, stop, now, scale)
+    for s0 in range(start + BS, stop, BS):
+        keys, values = load_past(k, v, s0, stop, now, Hk, h, BS, BH)
+        state = acc, total, largest
+        acc, total, largest = attend_block(state, queries, keys, values, new_key, new_value, s0, stop, now, scale)
     own = partial + (query * SPLITS + split) * (h + 2)
     tl.store(own[:, None] + c[None, :], acc, mask=mine)
     tl.store(own + h, largest, mask=g < GROUP)

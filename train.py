@@ -256,7 +256,10 @@ def memory_plan(model, optimizer, tokens):
     experts = 3 * c.moe_intermediate_size + 4 * c.hidden_size
     layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + 5 * c.router_hidden_size) * size
     layer += 0 if optimizer.config.recompute else (attention + experts) * size
-    head = 2 * c.vocab_size * c.hidden_size * 4 + 3 * 4 * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
+    head = (
+        2 * c.vocab_size * c.hidden_size * 4
+        + (4 + 2 * size) * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
+    )
     return {
         "weights": weights,
         "gradients": weights * min(2, optimizer.muon.ranks.world),  # several ranks': added up, and DDP's buckets

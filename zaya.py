@@ -35,7 +35,7 @@ import struct
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin
@@ -607,7 +607,7 @@ class Zaya(nn.Module):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
         use_kernels(self.kernels)
         config, T = self.config, tokens.shape[1]
-        rotary = self.rotary(cache.advance(T) if cache else torch.arange(T, device=tokens.device))
+        rotary = cache.advance(T) if cache else self.rotary(torch.arange(T, device=tokens.device))
         stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
@@ -798,34 +798,50 @@ class LayerCache:
     value shift. Position t's is row t % size of `recent`, which has one row more than cca looks at, so that one step
     can be taken back."""
 
-    def __init__(self, config, batch_size, max_len, end, dtype):
-        def zeros(*shape):
-            return torch.zeros(batch_size, *shape, device=end.device, dtype=dtype)
-
-        Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.k, self.v, self.length, self.end = zeros(max_len, Hk, h), zeros(max_len, Hk, h), 0, end
-        self.past_tokens, self.C, self.late = config.past_tokens, (Hq + Hk) * h, Hk * h // 2
-        self.recent = zeros(max(self.past_tokens, 1) + 1, self.C + 2 * self.late)
-        self.positions = None  # of the newest tokens (T); Cache.advance sets these and length
+    def __init__(self, config, k, v, recent, end):
+        self.k, self.v, self.recent, self.length, self.end = k, v, recent, 0, end
+        self.past_tokens, self.late = config.past_tokens, config.num_key_value_heads * config.head_dim // 2
+        self.newest = None  # Cache.advance sets it and length
         self.projection = None  # CCA.projection's result: while a cache lives, no weight changes
 
-    def past_at(self, position):
-        """What cca calls past and v_before, of the tokens before a position."""
-        size, P = self.recent.shape[1], self.past_tokens
-        rows = self.recent[:, (position - torch.arange(size - 1, 0, -1, device=self.end.device)) % size]
-        return rows[:, size - 1 - P :, : self.C], rows[:, -1:, -self.late :]
+    @staticmethod
+    def shapes(config, max_len):
+        """Of k, v and recent, for one text."""
+        Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return (max_len, Hk, h), (max_len, Hk, h), (max(config.past_tokens, 1) + 1, (Hq + 2 * Hk) * h)
+
+    def past(self, rows):
+        """What cca calls past and v_before. rows: those of `recent` that hold the tokens before the newest."""
+        recent = self.recent[:, rows]
+        return recent[:, len(rows) - self.past_tokens :, : -2 * self.late], recent[:, -1:, -self.late :]
 
     def remember(self, qkv):
         """Take in qkv (B, T, C + Hk * h) of the newest tokens; return past and v_before."""
-        past, size = self.past_at(self.positions[0]), self.recent.shape[1]
-        self.recent.index_copy_(1, self.positions[-size:] % size, qkv[:, -size:])
+        past = self.past(self.newest.rows_before)
+        self.recent.index_copy_(1, self.newest.rows, qkv[:, -self.recent.shape[1] :])
         return past
 
     def append(self, k, v):
         """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all, (B, S, Hk, h) each."""
-        self.k.index_copy_(1, self.positions, k)
-        self.v.index_copy_(1, self.positions, v)
+        self.k.index_copy_(1, self.newest.positions, k)
+        self.v.index_copy_(1, self.newest.positions, v)
         return self.k[:, : self.length], self.v[:, : self.length]
+
+
+class Newest:
+    """Where the newest tokens, at positions (T), lie in a cache whose `recent` has size rows: asked for by each layer,
+    computed once."""
+
+    def __init__(self, positions, size):
+        self.positions, self.size = positions, size
+
+    @cached_property
+    def rows(self):
+        return self.positions[-self.size :] % self.size
+
+    @cached_property
+    def rows_before(self):
+        return (self.positions[0] - torch.arange(self.size - 1, 0, -1, device=self.positions.device)) % self.size
 
 
 class Cache:
@@ -838,20 +854,27 @@ class Cache:
         self.max_len, self.length = max_len, 0
         device, dtype = model.embed_tokens.weight.device, model.layers[0].self_attn.o_proj.weight.dtype
         self.end = torch.zeros((), dtype=torch.int32, device=device)  # length, where a kernel can read it
-        self.layers = [LayerCache(model.config, batch_size, max_len, self.end, dtype) for _ in model.layers]
+        self.rotary = model.rotary(torch.arange(max_len, device=device))
+        sizes = [(len(model.layers), batch_size, *shape) for shape in LayerCache.shapes(model.config, max_len)]
+        buffers = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]  # one call for all layers
+        of_layers = zip(*(buffer.unbind() for buffer in buffers))
+        # To autograd (.data) each is a tensor of its own, which may be written to.
+        self.layers = [LayerCache(model.config, *(b.data for b in of_layer), self.end) for of_layer in of_layers]
         for layer, block in zip(self.layers, model.layers):
             layer.projection = block.self_attn.qkv_proj.projection().detach()
 
     def advance(self, T):
-        """Make room for T new tokens of each text -> their positions (T). Raises ValueError if there is none."""
+        """Make room for T new tokens of each text -> what Zaya.rotary says of their positions. Raises ValueError if
+        there is none."""
         if self.length + T > self.max_len:
             raise ValueError(f"{self.length + T} tokens do not fit a cache of {self.max_len}")
         positions = torch.arange(T, device=self.end.device) + self.end
         self.length += T
         self.end += T
+        newest = Newest(positions, self.layers[0].recent.shape[1])
         for layer in self.layers:
-            layer.length, layer.positions = self.length, positions
-        return positions
+            layer.length, layer.newest = self.length, newest
+        return {name: (cos[positions], sin[positions]) for name, (cos, sin) in self.rotary.items()}
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -946,7 +969,7 @@ class Decoder:
         self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
         self.bias = model.input_hidden_states_bias * self.scale
         self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
-        for layer_type, (cos, sin) in model.rotary(torch.arange(cache.max_len)).items():
+        for layer_type, (cos, sin) in cache.rotary.items():
             cos, sin, rest = cos[:, 0], sin[:, 0], cos.new_zeros(cache.max_len, h - 2 * half)
             self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
         norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
@@ -1024,7 +1047,7 @@ class DecoderLayer:
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
-        past, v_before = cache.past_at(cache.length)
+        past, v_before = cache.past(Newest(torch.tensor([cache.length]), cache.recent.shape[1]).rows_before)
         self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         self.project = PreparedProduct(part.projection(cache))
@@ -1125,7 +1148,7 @@ class DecoderLayer:
 def hidden_of_one(model, token, cache):
     """token (1), cache of one text -> what the LM head sees (1, D), without a gradient."""
     use_kernels(model.kernels)
-    rotary = model.rotary(cache.advance(1))
+    rotary = cache.advance(1)
     out, state = model.embed_tokens(token), None
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
     nothing = torch.zeros_like(s_r)
@@ -1461,7 +1484,7 @@ def minus_one_hot(p, y):
     return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
 
 
-LOGITS_AT_ONCE = {False: 2**20, True: 2**28}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
+LOGITS_AT_ONCE = {False: 2**20, True: 2**29}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
 FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
 VOCABULARY_MULTIPLE = {False: 1, True: 64}  # a GPU's fast products want rows that begin at multiples of 16 bytes
 

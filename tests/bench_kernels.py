@@ -46,10 +46,11 @@ def cases(config, B, T, device, dtype):
     rows, scales = random(N, D), [random(D, dtype=fp32) for _ in range(5)]
     ends = (torch.arange(1, E + 1, device=device, dtype=torch.int32) * N // E).to(torch.int32)
     length = torch.full((), 8 * T, dtype=torch.int32, device=device)
-    cache = zaya.LayerCache(c, 1, 8 * T, length, dtype)
+    buffers = (torch.zeros(1, *shape, device=device, dtype=dtype) for shape in zaya.LayerCache.shapes(c, 8 * T))
+    cache = zaya.LayerCache(c, *buffers, length)
     for tensor in (cache.recent, cache.k, cache.v):
         tensor.normal_()
-    cache.length, cache.positions = 8 * T, torch.tensor([8 * T - 1], device=device)
+    cache.length, cache.newest = 8 * T, zaya.Newest(torch.tensor([8 * T - 1], device=device), cache.recent.shape[1])
     weights = 3 * E * F * D * size
     return {
         "cca": (

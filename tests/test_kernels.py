@@ -49,6 +49,7 @@ COMBINATIONS = [(shape, name) for shape in SHAPES for name in FUNCTIONS]
 def few_programs(monkeypatch):
     """So few that one has several tiles, or tokens, to loop over, as on a GPU at shapes that are no test's."""
     monkeypatch.setattr(kernels, "PROGRAMS", (3,))
+    monkeypatch.setattr(kernels, "EXPERT_PROGRAMS", (3,))
 
 
 @pytest.fixture(autouse=True)
@@ -169,8 +170,8 @@ def test_a_new_token_enters_the_cache(position, taps):
     config, found = replace(SMALL, num_key_value_heads=2, cca_time0=taps[0], cca_time1=taps[1]), []
     args, end = cases(config, 2, 1, "cpu", torch.float32)["cca"][0], torch.tensor(position + 1, dtype=torch.int32)
     for way in ("eager", "triton"):
-        cache = zaya.LayerCache(config, 2, 9, end, torch.float32)
-        cache.length, cache.positions = position + 1, torch.tensor([position])
+        cache = zaya.LayerCache(config, *(torch.zeros(2, *shape) for shape in zaya.LayerCache.shapes(config, 9)), end)
+        cache.length, cache.newest = position + 1, zaya.Newest(torch.tensor([position]), cache.recent.shape[1])
         buffers = cache.recent, cache.k, cache.v
         torch.manual_seed(0)
         for buffer in buffers:
