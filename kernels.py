@@ -30,7 +30,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import kernels` finds a running script, too
 
@@ -65,8 +64,9 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "cross_entropy": ("BV", (2048, 4, 1), (4096, 8, 1), (2048, 4, 1)),
     "row": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
+    "one": ("BF BK", (4, 2048, 4, 1), (2, 2048, 4, 1), (4, 512, 4, 1)),
     "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
-    "past": ("BS", (64, 4, 1), (64, 4, 2), (32, 4, 1)),
+    "past": ("BS", (64, 4, 1), (32, 4, 2), (32, 4, 1)),
 }
 # How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
 # CUs, and of an H200's 132 SMs; for others as many as for an MI300X.
@@ -101,6 +101,13 @@ def config(kernel, **most):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching, and torch operators
+
+if torch.__version__ < "2.13":
+    # Else Inductor writes out where an operator's arguments come from, through all layers, each many times over, for a
+    # log that nobody reads: for an operator that is first met at the model's end it takes hours.
+    import torch._inductor.exc
+
+    torch._inductor.exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
 
 shapes_alone = False  # set while an operator is asked for the shapes of its results alone: nothing is launched
 
@@ -171,6 +178,14 @@ def without_gradient(ctx, *outputs):
     """Say so of some of an operator's results: backward gets None for them, and no tensor full of zeros."""
     ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
 
 
 def block(size):
@@ -518,9 +533,25 @@ def one_convolution(depthwise, grouped):
     return filters, bias
 
 
+def prepared(depthwise, grouped, dtype):
+    """What one_convolution makes, the filters in dtype. In inference mode it is kept with the weights until one of them
+    changes, for its many small launches are a fifth of what reading a short prompt takes."""
+
+    def prepare():
+        filters, bias = one_convolution(depthwise, grouped)
+        return filters.to(dtype).contiguous(), bias
+
+    weights = *depthwise, *grouped
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or weights[0].is_inference():
+        return prepare()
+    key = dtype, *((weight.data_ptr(), weight._version) for weight in weights)
+    if getattr(weights[0], "prepared", (None,))[0] != key:
+        weights[0].prepared = key, prepare()
+    return weights[0].prepared[1]
+
+
 def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
-    filters, bias = one_convolution(depthwise, grouped)
-    filters = filters.to(qkv.dtype).contiguous()
+    filters, bias = prepared(depthwise, grouped, qkv.dtype)
     return cca_forward(qkv.contiguous(), past.contiguous(), v_before.contiguous(), filters, bias, temp, cos, sin)
 
 
@@ -1301,8 +1332,8 @@ def row_product(x, weight, bias=None, merging=None, activate=False):
     GELU."""
     (N, K), M = x.shape, len(weight)
     BK, out = block(K), weight.new_empty(N, M)
-    # The largest power of two that leaves 128 programs (if M is that large), and at most 16,384 numbers for one to hold
-    BF = max(1, min(next_power_of_2(M // 128 + 1) // 2, 16384 // BK))
+    # The largest power of two that leaves 64 programs (if M is that large), and at most 16,384 numbers for one to hold
+    BF = max(1, min(next_power_of_2(M // 64 + 1) // 2, 16384 // BK))
     launch(
         row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
         GELU=activate, BF=BF, BK=BK, **early_start(), **config("row"),
@@ -1495,7 +1526,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), (E, _, F), c = x.shape, down.shape, config("few") | early_start()
+    (N, D), (E, _, F), c = x.shape, down.shape, config("few" if len(x) > 1 else "one") | early_start()
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
     launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, K=D, SWIGLU=True, **c)
     launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, K=F, SWIGLU=False, **c)
@@ -1503,23 +1534,16 @@ def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tens
 
 
 @triton.jit
-def load_past(k, v, s0, stop, now, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
-    """Keys and values (BS, BH) of positions s0 to stop but for the newest, which the kernel before may still write."""
+def load_past(k, v, s0, end, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
+    """Keys and values (BS, BH) of positions s0 to end."""
     s, c = s0 + tl.arange(0, BS), tl.arange(0, BH)
-    at, inside = (
-        s.to(tl.int64)[:, None] * (Hk * h) + c[None, :],
-        (s < tl.minimum(stop, now - 1))[:, None] & (c < h)[None, :],
-    )
+    at, inside = s.to(tl.int64)[:, None] * (Hk * h) + c[None, :], (s < end)[:, None] & (c < h)[None, :]
     return tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
 
 
 @triton.jit
-def attend_block(state, queries, keys, values, new_key, new_value, s0, stop, now, scale):
-    """The running softmax (sum of values, sum of weights, largest score) with BS positions from s0 on taken in."""
-    acc, total, largest = state
-    s = s0 + tl.arange(0, keys.shape[0])
-    is_newest = (s == now - 1)[:, None]
-    keys, values = tl.where(is_newest, new_key[None, :], keys), tl.where(is_newest, new_value[None, :], values)
+def attend_block(acc, total, largest, queries, keys, values, s, stop, scale):
+    """The running softmax (sum of values, sum of weights, largest score) with positions s (BS) below stop taken in."""
     scores = tl.where((s < stop)[None, :], dot(queries, tl.trans(keys)) * scale, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, axis=1))
     weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
@@ -1547,20 +1571,22 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     query = b * Hq + head * GROUP + g
     mine = (g < GROUP)[:, None] & (c < h)[None, :]
     k, v = k + b.to(tl.int64) * S * Hk * h + head * h, v + b.to(tl.int64) * S * Hk * h + head * h
-    keys, values = load_past(k, v, start, stop, now, Hk, h, BS, BH)
+    # The first block but for the newest position, which the kernel before still writes
+    s = start + tl.arange(0, BS)
+    keys, values = load_past(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
     wait_for_the_kernel_before(EARLY)
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
-    newest = (now - 1).to(tl.int64) * Hk * h + c
-    new_key, new_value = tl.load(k + newest, mask=c < h, other=0.0), tl.load(v + newest, mask=c < h, other=0.0)
     acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
     largest = tl.full((BG,), float("-inf"), tl.float32)
     if start < stop:
-        state = acc, total, largest
-        acc, total, largest = attend_block(state, queries, keys, values, new_key, new_value, start, stop, now, scale)
+        newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
+        keys = tl.where(is_newest, tl.load(k + newest, mask=c < h, other=0.0)[None, :], keys)
+        values = tl.where(is_newest, tl.load(v + newest, mask=c < h, other=0.0)[None, :], values)
+        acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     for s0 in range(start + BS, stop, BS):
-        keys, values = load_past(k, v, s0, stop, now, Hk, h, BS, BH)
-        state = acc, total, largest
-        acc, total, largest = attend_block(state, queries, keys, values, new_key, new_value, s0, stop, now, scale)
+        keys, values = load_past(k, v, s0, stop, Hk, h, BS, BH)
+        s = s0 + tl.arange(0, BS)
+        acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     own = partial + (query * SPLITS + split) * (h + 2)
     tl.store(own[:, None] + c[None, :], acc, mask=mine)
     tl.store(own + h, largest, mask=g < GROUP)
@@ -1586,7 +1612,7 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
     # About 512 programs in all, as many parts as join_kernel can hold, none shorter than 128 positions of a full cache
-    splits = max(1, min(2**15 // block(h), next_power_of_2(512 // (B * Hk)), next_power_of_2(cdiv(S, 128))))
+    splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | early_start()
     c = config("past", BS=max(16, 2**15 // (block(h) * k.element_size())))  # keys and values of at most 32 KB each

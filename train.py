@@ -419,7 +419,8 @@ def half(step, config):
 def newton_schulz(g, steps=5):
     """Replace the singular values of every matrix of g (M, rows, cols) by numbers near 1, keeping the singular vectors.
 
-    Keller Jordan's quintic iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x, in g's dtype.
+    Keller Jordan's quintic iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x, in g's dtype. (a joins b and c before the
+    last product; added after it, x would have to be copied each time.)
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[-2] > g.shape[-1] else g
@@ -427,7 +428,8 @@ def newton_schulz(g, steps=5):
     for _ in range(steps):
         square = x @ x.mT
         square = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, square, x, beta=a)
+        square.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = square @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 

@@ -160,7 +160,8 @@ def errors(eager, kernel, args):
 
 
 def milliseconds(function, waits=False):
-    """Median time that a call takes on the GPU when the L2 holds nothing of its arguments.
+    """Median time that a call takes on the GPU when the L2 holds nothing of its arguments, nor what is still to be
+    written to memory.
 
     As part of a graph, for a decoding kernel is shorter than what Python needs to launch it. What waits for the GPU
     cannot be captured: there the host's time counts, too.
@@ -175,14 +176,13 @@ def milliseconds(function, waits=False):
 
 def milliseconds_in_a_graph(function, calls=10):
     """The time of a graph of some calls, with the L2 emptied before each, less that of the emptying alone."""
-    driver, graphs = triton.runtime.driver.active, []
-    cache = driver.get_empty_cache_for_benchmark()
+    graphs, cache = [], triton.runtime.driver.active.get_empty_cache_for_benchmark()
     for work in (function, lambda: None):
         work()  # compiles
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1], stream=torch.cuda.current_stream()):
             for _ in range(calls):
-                driver.clear_cache(cache)
+                torch.sum(cache)
                 work()
 
     def replay(graph):
@@ -197,10 +197,11 @@ def milliseconds_in_a_graph(function, calls=10):
 
 
 def ceilings():
-    """This machine's bandwidth (bytes/s read and written by a 2 GiB copy) and bf16 rate (of an 8192-cubed product)."""
+    """This machine's bandwidth (bytes/s read and written by a copy of 2 GiB, by a kernel: what a graph copies by itself
+    is slower) and bf16 rate (of an 8192-cubed product)."""
     x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
-    bandwidth = 4 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
+    bandwidth = 4 * x.numel() / milliseconds(lambda: torch.neg(x, out=y)) * 1e3
     a, b = x[: 2**26].view(8192, 8192), y[: 2**26].view(8192, 8192)
     return bandwidth, 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
 
