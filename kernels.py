@@ -42,14 +42,16 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
 #   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
-# sm_90: 228 KB of shared memory take two to four stages; a warp is 32 threads, so 8 warps are 4 waves' worth. The
-#   experts' tiles are as large as 255 registers a thread allow: one of 128 x 256 reads a quarter less of x and weight
-#   than two of 128 x 128.
+# sm_90, the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with two programs of 4
+#   warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of preset small, 251 us
+#   for 356; in halves for RoPE then 207). The router likewise: 83 us for 120. The experts' tiles are as large as 255
+#   registers a thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
+    "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router": ("BT BN", (16, 32, 4, 1), (32, 64, 4, 2), (32, 32, 4, 1)),
     "router_backward": ("BT BN", (16, 32, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
@@ -69,7 +71,7 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "past": ("BS", (64, 4, 1), (32, 4, 2), (32, 4, 1)),
 }
 # How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
-# CUs, and of an H200's 132 SMs; for others as many as for an MI300X.
+# CUs, and of an H200's 132 SMs; for others as many as for an MI300X. Of the experts' kernels an SM holds one.
 PROGRAMS = 1216, 528, 1216
 EXPERT_PROGRAMS = 1216, 132, 1216
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, by numpy
@@ -150,7 +152,7 @@ def operator(function):
 
 def early_start():
     """For the kernels of decoding, which are so short that a launch counts: Hopper can start a kernel while the one
-    before still runs (programmatic dependent launch)."""
+    before still runs, or waits itself (programmatic dependent launch)."""
     return {"EARLY": True, "launch_pdl": True} if architecture() == "sm_90" else {"EARLY": False}
 
 
@@ -229,6 +231,8 @@ def dot(a, b, acc=None):
 #     for tap, for BK channels:
 #         acc += rows[t - P + tap, channels] @ filters[tap, channels, :]     P = taps - 1 tokens of the past
 #     acc += q-k mean; acc *= length / |acc|; rotate; store
+#
+# acc is held in two halves, so that the two channels that RoPE turns together are at one place of each.
 #
 # The backward pass computes acc again (cheaper than 4 bytes a number stored and read), goes back through rotation and
 # norm to the gradient of acc, and then: that of the rows is the same loop with taps and filters transposed; that of the
@@ -462,6 +466,12 @@ def is_wide(h, x):
     return h * x.element_size() > 512
 
 
+def cca_config(h, x):
+    """Large heads, and all in fp32, need so many registers that the tokens of a program are fewer."""
+    large = x.dtype == torch.float32 or h > 128
+    return config("cca_large" if large else "cca", num_stages=2 if is_wide(h, x) else None)
+
+
 @operator
 def cca_forward(
     qkv: Tensor, past: Tensor, v_before: Tensor, filters: Tensor, bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor
@@ -469,7 +479,7 @@ def cca_forward(
     """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
-    c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
+    c = cca_config(h, qkv)
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
         T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2), **c,
@@ -484,7 +494,7 @@ def cca_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
-    c = config("cca", num_stages=2 if is_wide(h, qkv) else None)
+    c = cca_config(h, qkv)
     blocks = cdiv(T, c["BT"])
     shape = dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2))
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
@@ -556,7 +566,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Router: from its input to the choice, in one launch
+# 2. Router: from its input to the choice, in one launch (for the few tokens of a decoding step see 7)
 #
 # A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is
 # made BN units at a time and used up at once, so that only the second is ever held whole, (BT, R):
@@ -1289,8 +1299,11 @@ def cross_entropy(logits, targets, V, with_gradient):
 # and CCA takes the token into the cache. A token reads its own expert's rows and no other's: a program owns BF units
 # and streams their rows through. Attention is split along time, SPLITS programs a key head, each with its own running
 # softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the
-# same, so it can be captured, and the work is what the context needs. Where kernels can start early, products and CCA
-# ask for their weights while the one before still works; the others only save the launch.
+# same, so it can be captured, and the work is what the context needs.
+#
+# A layer's launches depend on each other, and so each would wait for memory in turn. Where kernels can start early
+# (early_start) they first let the next one start, then ask for all that does not depend on those before: weights, old
+# keys and values. So matrices are on their way several kernels ahead: 714 tokens/s in place of 476 (H200, ZAYA1-8B).
 
 
 @triton.jit

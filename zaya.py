@@ -126,7 +126,7 @@ def has_kernel(eager):
 
     @wraps(eager)
     def either(*args):
-        if not on_kernels(args[0]):
+        if not on_kernels(args[0]) or (name == "experts" and torch_is_faster(*args[:2])):
             return eager(*args)
         if reason := triton_kernels.unsupported(name, *args):
             say_once(f"no kernel for {name}: {reason}; eager PyTorch is used")
@@ -556,7 +556,7 @@ class Zaya(nn.Module):
     """The language model. The names of its weights are the official checkpoint's, less the leading "model."."""
 
     def __init__(self, config, kernels="auto"):
-        """kernels: "auto" or "triton" (Triton's on a GPU), or "eager" (PyTorch alone)."""
+        """kernels: "auto" (Triton's on a GPU, where they are the fastest), "triton" (all of them) or "eager" (none)."""
         super().__init__()
         use_kernels(kernels)
         self.config, self.kernels = config, kernels
@@ -1283,10 +1283,14 @@ def grouped_linear(x, weight, offsets):
     offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU nothing waits for them. The loop, which takes
     the other dtypes and the widths that are no multiple of 16 bytes, does; so does grouped_mm's own on ROCm.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:]):
+    if takes_grouped_mm(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     rows = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), weight.unbind())])
+
+
+def takes_grouped_mm(x, weight):
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
 
 
 def inverse_permutation(order):
@@ -1547,8 +1551,9 @@ _kernels = "auto"
 
 
 def use_kernels(choice):
-    """From now on: "auto" (kernels on a GPU), "triton" (the same; says so where they cannot run, and takes Triton's
-    interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model calls this with its own choice."""
+    """From now on: "auto" (kernels on a GPU, but for what torch_is_faster at), "triton" (all of them; says so where they
+    cannot run, and takes Triton's interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model
+    calls this with its own choice."""
     global _kernels
     if choice not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
@@ -1564,6 +1569,16 @@ def on_kernels(x):
     return triton_kernels.can_run_on(x.device) or say_once(f"no kernels on {x.device}: eager PyTorch is used")
 
 
+def torch_is_faster(x, gate_up):
+    """Whether `experts` is better left to torch.compile, which fuses SwiGLU between torch's grouped products. An H200
+    then takes 0.627 ms for kernels.py's 0.678, and backward 1.382 for 1.478 (ZAYA1-8B's shapes, 16,384 tokens)."""
+    return _kernels == "auto" and torch.compiler.is_compiling() and takes_grouped_mm(x, gate_up) and on_hopper()
+
+
+def on_hopper():
+    return not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
+
+
 def say_once(message, said=set()):  # noqa: B006 the set is to live on
     """Print a message to stderr, the first time only. Returns False."""
     if message not in said:
@@ -1572,9 +1587,9 @@ def say_once(message, said=set()):  # noqa: B006 the set is to live on
     return False
 
 
-# torch.compile then runs say_once while tracing, and need not break the graph there. It is the flag that
+# torch.compile then runs these two while tracing, and need not break the graph there. It is the flag that
 # torch.compiler.assume_constant_result sets, but that imports the whole compiler: every start would take a second more.
-say_once._dynamo_marked_constant = True
+say_once._dynamo_marked_constant = on_hopper._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which configurations there are, and which there can be

@@ -296,6 +296,37 @@ def test_falls_back_and_says_so_once(capsys, monkeypatch):
         Zaya(TINY, "cuda")
 
 
+def test_experts_are_left_to_torch_where_that_is_faster(monkeypatch):
+    asked = []
+    monkeypatch.setattr(zaya, "takes_grouped_mm", lambda x, weight: True)
+    monkeypatch.setattr(zaya, "on_hopper", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(zaya, "on_kernels", lambda x: True)
+    for choice, faster in (("auto", True), ("triton", False)):
+        zaya.use_kernels(choice)
+        assert zaya.torch_is_faster(torch.zeros(2, 8), torch.zeros(1, 16, 8)) == faster
+    for name in ("experts", "combine"):
+        monkeypatch.setattr(kernels, name, lambda *args, name=name: asked.append(name))
+    monkeypatch.setattr(zaya, "torch_is_faster", lambda x, gate_up: True)
+    monkeypatch.setattr(zaya, "grouped_linear", lambda x, weight, offsets: x)
+    zaya.experts(torch.zeros(2, 8), torch.zeros(1, 16, 8), torch.zeros(1, 8, 8), torch.tensor([2]))
+    zaya.combine(torch.zeros(2, 8), torch.tensor([0, 1]), torch.zeros(2))
+    assert asked == ["combine"]
+
+
+def test_prepared_filters_follow_the_weights():
+    """In inference mode the one convolution is kept, until one of its weights changes."""
+    depthwise, grouped = arguments("tails", "cca", torch.float32)[3:5]
+    with torch.inference_mode():
+        first = kernels.prepared(depthwise, grouped, torch.float32)
+        assert kernels.prepared(depthwise, grouped, torch.float32)[0] is first[0]
+    with torch.no_grad():
+        grouped[0].mul_(2)
+    with torch.inference_mode():
+        second = kernels.prepared(depthwise, grouped, torch.float32)
+    torch.testing.assert_close(second[0], 2 * first[0])
+
+
 def test_interpreted_whatever_gpu_there_is(monkeypatch):
     """Beside a GPU, too, what is interpreted is not configured for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
