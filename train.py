@@ -71,9 +71,7 @@ class TrainConfig:
     seed: int = 1  # of the weights and the order of the data
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
-    kernels: str = (
-        "auto"  # auto: the fastest here, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
-    )
+    kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     recompute: bool = False  # keep less for the backward pass: attention and experts are computed again there
     compile: bool | None = None  # torch.compile; None: on a GPU
     eval_every: int = 100  # steps between evaluations

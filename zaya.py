@@ -1551,9 +1551,9 @@ _kernels = "auto"
 
 
 def use_kernels(choice):
-    """From now on: "auto" (kernels on a GPU, but for what torch_is_faster at), "triton" (all of them; says so where they
-    cannot run, and takes Triton's interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model
-    calls this with its own choice."""
+    """From now on: "auto" (kernels on a GPU, unless torch_is_faster), "triton" (all of them; says so where they cannot
+    run, and takes Triton's interpreter on a CPU if TRITON_INTERPRET=1), or "eager". Every forward of a model calls this
+    with its own choice."""
     global _kernels
     if choice not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {choice}")
