@@ -10,7 +10,8 @@ fast is said here. Each part below has the same order: the idea as pseudo-code, 
 launch them, the function that zaya.py calls.
 
 Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
-where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked.
+where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked. BP holds
+half a head.
 Index arrays:
   choice     (N)  the expert of token n (or E, where a token may skip the experts)
   place      (N)  the row of token n when tokens are sorted by expert
@@ -40,8 +41,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32. Two stages (one step
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
-#   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD; a single program, for the few tokens
-#   of a decoding step, has no other waves to hide its loads behind, and loads ahead.
+#   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with two programs of 4
 #   warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of preset small, 251 us
 #   for 356; in halves for RoPE then 207). The router likewise: 83 us for 120. The experts' tiles are as large as 255
@@ -166,8 +166,8 @@ def let_the_next_start(EARLY: tl.constexpr):
 @triton.jit
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
     """Until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
-    early_start() calls this before it writes, and before it reads anything but weights and what was there when the
-    decoding step began."""
+    early_start() calls this before it writes, and before it reads anything but weights and what was there before the
+    step's first such kernel, or before torch's last one: old tokens' parts of the cache, end, cos, sin."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
 
@@ -545,7 +545,8 @@ def one_convolution(depthwise, grouped):
 
 def prepared(depthwise, grouped, dtype):
     """What one_convolution makes, the filters in dtype. In inference mode it is kept with the weights until one of them
-    changes, for its many small launches are a fifth of what reading a short prompt takes."""
+    changes (which one written to through .data does not tell), for its many small launches are a fifth of what reading
+    a short prompt takes."""
 
     def prepare():
         filters, bias = one_convolution(depthwise, grouped)
@@ -990,8 +991,8 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T. KEEP: `hidden` (N, F, 2) gets each unit's gate and
     up, side by side.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, by a single product: its column
-    2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
+    Grid (EXPERT_PROGRAMS or fewer). A tile is BM rows of one expert and BN / 2 of its F units, by a single product: its
+    column 2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
     columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM)[:, None], tl.arange(0, BN)
@@ -1028,7 +1029,7 @@ def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, 
                    BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out (N, M) = x (N, K) @ weight[expert].T, weight (E, M, K) by its strides.
 
-    Grid (PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
+    Grid (EXPERT_PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
     columns, m = tl.cdiv(M, BN), tl.arange(0, BM)[:, None]
     starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
@@ -1310,8 +1311,8 @@ def cross_entropy(logits, targets, V, with_gradient):
 def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
                GELU: tl.constexpr, EARLY: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
-    the stream that x joins, normed; the first program of a row also writes new and normed, as merge does. GELU: of the
-    result."""
+    the stream (or None) that x joins, normed; the first program of a row also writes new and normed (unless that is
+    None), as merge does. GELU: of the result."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
     let_the_next_start(EARLY)
     matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest

@@ -43,7 +43,7 @@ class SampleConfig:
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
     device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
-    kernels: str = "auto"  # auto or triton: Triton's on a GPU; eager: PyTorch alone
+    kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):

@@ -800,7 +800,8 @@ class LayerCache:
 
     def __init__(self, config, k, v, recent, end):
         self.k, self.v, self.recent, self.length, self.end = k, v, recent, 0, end
-        self.past_tokens, self.late = config.past_tokens, config.num_key_value_heads * config.head_dim // 2
+        Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.past_tokens, self.C, self.late = config.past_tokens, (Hq + Hk) * h, Hk * h // 2
         self.newest = None  # Cache.advance sets it and length
         self.projection = None  # CCA.projection's result: while a cache lives, no weight changes
 
@@ -813,7 +814,7 @@ class LayerCache:
     def past(self, rows):
         """What cca calls past and v_before. rows: those of `recent` that hold the tokens before the newest."""
         recent = self.recent[:, rows]
-        return recent[:, len(rows) - self.past_tokens :, : -2 * self.late], recent[:, -1:, -self.late :]
+        return recent[:, len(rows) - self.past_tokens :, : self.C], recent[:, -1:, -self.late :]
 
     def remember(self, qkv):
         """Take in qkv (B, T, C + Hk * h) of the newest tokens; return past and v_before."""
@@ -855,6 +856,7 @@ class Cache:
         device, dtype = model.embed_tokens.weight.device, model.layers[0].self_attn.o_proj.weight.dtype
         self.end = torch.zeros((), dtype=torch.int32, device=device)  # length, where a kernel can read it
         self.rotary = model.rotary(torch.arange(max_len, device=device))
+        self.nothing = torch.zeros(model.config.hidden_size, device=device)  # for hidden_of_one
         sizes = [(len(model.layers), batch_size, *shape) for shape in LayerCache.shapes(model.config, max_len)]
         buffers = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]  # one call for all layers
         of_layers = zip(*(buffer.unbind() for buffer in buffers))
@@ -1151,8 +1153,7 @@ def hidden_of_one(model, token, cache):
     rotary = cache.advance(1)
     out, state = model.embed_tokens(token), None
     stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
-    nothing = torch.zeros_like(s_r)
-    scaling = s_r, b_r, nothing, nothing  # the input affine is a merge that `out` has no part in
+    scaling = s_r, b_r, cache.nothing, cache.nothing  # the input affine is a merge that `out` has no part in
     for block, layer_type, layer_cache in zip(model.layers, model.config.layer_types, cache.layers):
         attention, gate = block.self_attn, block.mlp.gate
         norm, projection = block.input_layernorm, attention.qkv_proj.projection(layer_cache)
@@ -1473,7 +1474,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 @has_kernel
 def cross_entropy(logits, targets, V, with_gradient):
     """Of logits (n, V or more, of which only V count) and targets (n) the loss of each row (n), fp32, and the gradient
-    of their sum, softmax - one_hot, in logits' dtype and shape; or None."""
+    of their sum, softmax - one_hot, in logits' dtype and shape; or None. What does not count may be overwritten."""
     if logits.shape[1] > V:
         logits[:, V:] = float("-inf")
     log_p = logits.log_softmax(dim=1, dtype=torch.float32)
@@ -1488,7 +1489,10 @@ def minus_one_hot(p, y):
     return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
 
 
-LOGITS_AT_ONCE = {False: 2**20, True: 2**29}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB keeps a GPU busy
+LOGITS_AT_ONCE = {
+    False: 2**20,
+    True: 2**29,
+}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB of bf16 keeps a GPU busy
 FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
 VOCABULARY_MULTIPLE = {False: 1, True: 64}  # a GPU's fast products want rows that begin at multiples of 16 bytes
 
@@ -1576,7 +1580,7 @@ def torch_is_faster(x, gate_up):
 
 
 def on_hopper():
-    return not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
+    return triton_kernels.architecture() == "sm_90"
 
 
 def say_once(message, said=set()):  # noqa: B006 the set is to live on

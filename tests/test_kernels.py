@@ -153,7 +153,7 @@ def test_a_vocabulary_with_padding(V):
     assert kernels.cross_entropy(logits, targets, V, False)[1] is None
 
 
-@pytest.mark.parametrize("M", [1, 40, 513])  # 1, 1 and 4 of which are a program's
+@pytest.mark.parametrize("M", [1, 40, 513])  # 1, 1 and 8 of which are a program's
 def test_several_rows_times_a_matrix(M):
     torch.manual_seed(0)
     stream, out, vectors, weight = torch.randn(3, 24), torch.randn(3, 24), torch.randn(5, 24), torch.randn(M, 24)
