@@ -1489,12 +1489,11 @@ def minus_one_hot(p, y):
     return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
 
 
-LOGITS_AT_ONCE = {
-    False: 2**20,
-    True: 2**29,
-}  # numbers in a chunk: 4 MB stay in a CPU's cache, 1 GB of bf16 keeps a GPU busy
+# On a CPU, and on a GPU: numbers in a chunk (4 MB of fp32 stay in a cache, 1 GB of bf16 keeps a GPU busy); and of what
+# the vocabulary is made a multiple (a GPU's fast products want rows that begin at multiples of 16 bytes).
+LOGITS_AT_ONCE = {False: 2**20, True: 2**29}
+VOCABULARY_MULTIPLE = {False: 1, True: 64}
 FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
-VOCABULARY_MULTIPLE = {False: 1, True: 64}  # a GPU's fast products want rows that begin at multiples of 16 bytes
 
 
 def times_fp32(a, b):
