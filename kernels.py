@@ -44,7 +44,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with two programs of 4
 #   warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of preset small, 251 us
-#   for 356; in halves for RoPE then 207). The router likewise: 83 us for 120. The experts' tiles are as large as 255
+#   for 356; in halves for RoPE then 207). The experts' tiles are as large as 255
 #   registers a thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
@@ -53,8 +53,9 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
-    "router": ("BT BN", (16, 32, 4, 1), (32, 64, 4, 2), (32, 32, 4, 1)),
-    "router_backward": ("BT BN", (16, 32, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
+    "router": ("BT BN", (16, 32, 4, 1), (32, 64, 8, 2), (32, 32, 4, 1)),
+    "router_backward": ("BT BN BK", (64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (32, 32, 32, 4, 1)),
+    "router_first_backward": ("BT BK", (16, 32, 4, 1), (32, 64, 8, 2), (16, 32, 8, 1)),
     "choose": ("", (4, 1), (4, 1), (4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
@@ -218,6 +219,20 @@ def store_matrix(matrix, row, rows, column, columns, x):
 def dot(a, b, acc=None):
     """acc + a @ b in fp32; fp32 stays fp32, without which tensor cores would round it to 10 bits."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr):  # fmt: skip
+    """Rows m (BM, 1) of x (rows, K) times rows `column` (BN) of w (M, K), by its strides, where inside (BN) says so
+    -> (BM, BN) fp32."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        a = load_matrix(x, m, rows, k[None, :], K)
+        at = w + column[None, :] * stride_m + k[:, None] * stride_k
+        acc = dot(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
+    return acc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,47 +583,50 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Router: from its input to the choice, in one launch (for the few tokens of a decoding step see 7)
+# 2. Router: from its input to the choice (for the few tokens of a decoding step see 7)
 #
-# A program takes BT tokens through the whole MLP; their hidden states never leave its registers. The first layer is
-# made BN units at a time and used up at once, so that only the second is ever held whole, (BT, R):
+# Forward, a program takes BT tokens through the first layer, another through the other two:
 #
-#     a = normed state                                   (BT, R)
-#     for BN units of the first layer:
-#         second += gelu(a @ W1[units].T + b1[units]) @ W2[:, units].T
-#     for BE classes: running max of the logits gelu(second + b2) @ W3[classes].T, and sum of exp(logit - max)
+#     state = r + gamma * previous;  a = normed state                            (BT, R)
+#     for BN units of the first layer:   first = a @ W1[units].T + b1[units];  hidden[units] = gelu(first)
+#
+#     second = hidden @ W2.T + b2;  thought = gelu(second)                       (BT, R)
+#     for BE classes: running max of the logits thought @ W3[classes].T, and sum of exp(logit - max)
 #     for BE classes: the class with the largest probability + bias, and its probability
 #
-# Backward goes the same way in reverse, from what forward has kept: both layers' outputs before their GELU, and all
-# probabilities. It writes what the gradients of the three matrices are made of, (N, R) each and (N, classes): they are
-# sums over all tokens, products that torch does well.
+# Backward goes from layer to layer, from what forward has kept: all that has a name above, and the probabilities. A
+# layer's kernel takes the gradient through its matrix and the GELU before it:
+#
+#     grad = (grad @ W[:, units]) * slope of GELU at what it was given           (BT, BN)
+#
+# and the last one, with W1, through norm and depth averaging. The gradients of the three matrices are sums over all
+# tokens, products that torch does well.
+#
+# (One kernel for all of it reads the least, but its registers leave an H200's SM room for two programs, and these
+# mostly wait: 51 us forward and 114 backward, where issuing all of their instructions takes 17 and 35.)
+
+
+@triton.jit
+def normal(x):
+    """The normal distribution's density at x and its integral up to x, of which the second is right to 7.5e-8
+    (Abramowitz and Stegun, 26.2.17). By erf the backward kernels would have a third more instructions."""
+    density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+    t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
+    series = 0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429)))
+    tail = density * t * series
+    return density, tl.where(x < 0, tail, 1.0 - tail)
 
 
 @triton.jit
 def gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    _, integral = normal(x)
+    return x * integral
 
 
 @triton.jit
 def gelu_slope(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-
-
-@triton.jit
-def two_layers(a, W1, b1, W2, b2, first, n, N, R: tl.constexpr, BN: tl.constexpr):
-    """From a (BT, BR) to the second's output before its GELU, (BT, BR) fp32. The first's is written to rows n of
-    `first` (N, R), unless that is None."""
-    c = tl.arange(0, a.shape[1])
-    acc = tl.zeros(a.shape, tl.float32)
-    for u0 in range(0, R, BN):
-        u = u0 + tl.arange(0, BN)
-        w1 = load_matrix(W1, u[None, :], R, c[:, None], R)
-        hidden = dot(a, w1) + load_vector(b1, u, R)[None, :]
-        if first is not None:
-            store_matrix(first, n[:, None], N, u[None, :], R, hidden)
-        w2 = load_matrix(W2, c[None, :], R, u[:, None], R)
-        acc = dot(gelu(hidden).to(a.dtype), w2, acc)
-    return acc + load_vector(b2, c, R)[None, :]
+    density, integral = normal(x)
+    return integral + x * density
 
 
 @triton.jit
@@ -663,26 +681,42 @@ def hits(choice, n, N, e):
 
 
 @triton.jit
-def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice, counts,
-                          state, first, second, all_p, N, R: tl.constexpr, CLASSES: tl.constexpr, DEEP: tl.constexpr,
-                          BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT). DEEP: not the first layer. counts (CLASSES) int32 start at 0.
-
-    For the backward pass, or None: first and second (N, R), the layers' outputs before their GELU; all_p (N, CLASSES).
-    """
+def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, first, hidden, N, R: tl.constexpr,
+                        DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state and hidden (N, R), and first (N, R)
+    unless that is None."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
         x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    a = x * inverse[:, None] * load_vector(norm, c, R)[None, :]
-    thought = two_layers(a.to(W1.dtype.element_ty), W1, b1, W2, b2, first, n, N, R, BN)
+    a = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
+    for u0 in range(0, R, BN):
+        u = u0 + tl.arange(0, BN)
+        y = dot(a, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
+        if first is not None:
+            store_matrix(first, n[:, None], N, u[None, :], R, y)
+        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(y))
+
+
+@triton.jit
+def router_choice_kernel(hidden, W2, b2, W3, balancing, probability, choice, counts, second, thought, all_p, N,
+                         R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+                         BE: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): the second layer, the third, the choice. counts (CLASSES) int32 start at 0.
+
+    For the backward pass, or None: second and thought (N, R), all_p (N, CLASSES).
+    """
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    y = tile_product(hidden, n[:, None], N, W2, c, c < R, R, R, 1, BT, BR, BN) + load_vector(b2, c, R)[None, :]
     if second is not None:
-        store_matrix(second, n[:, None], N, c[None, :], R, thought)
-    thought = gelu(thought).to(W1.dtype.element_ty)
+        store_matrix(second, n[:, None], N, c[None, :], R, y)
+    y = gelu(y).to(W2.dtype.element_ty)
+    if thought is not None:
+        store_matrix(thought, n[:, None], N, c[None, :], R, y)
     w3 = load_classes(W3, 0, R, CLASSES, BR, BE)
-    chosen = choose(thought, W3, w3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
+    chosen = choose(y, W3, w3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         count = hits(chosen, n, N, e)  # integers may be added in any order
@@ -690,122 +724,148 @@ def router_forward_kernel(r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, bal
 
 
 @triton.jit
-def router_backward_kernel(grad_p, grad_state, probability, state, first, second, all_p, previous, gamma, norm, eps,
-                           W1, W2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r,
-                           partial, N, R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr,
-                           BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): from the gradients of the chosen probability (N) and of the state (N, R) to that of r, and the
-    factors of the matrices' gradients: normed, hidden, thought (what entered the three layers), grad_first,
-    grad_second, grad_logits (zeros up to its WIDTH). partial (N / BT, 4, R): sums for norm, gamma if DEEP, b1, b2."""
-    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
-    dtype: tl.constexpr = W1.dtype.element_ty
-    at, inside = n[:, None] * R + c[None, :], (n < N)[:, None] & (c < R)[None, :]
-    own = partial + tl.program_id(0).to(tl.int64) * 4 * R
-    # Third layer: d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
+def through_gelu(g, given, grad, sums, n, N, u, R: tl.constexpr):
+    """From the gradient g (BT, BN) of GELU at tokens n and units u, to that of what it was given (N, R); and the sums
+    of this over the tokens."""
+    g *= gelu_slope(load_matrix(given, n[:, None], N, u[None, :], R).to(tl.float32))
+    store_matrix(grad, n[:, None], N, u[None, :], R, g)
+    tl.store(sums + u, tl.sum(g, axis=0), mask=u < R)
+
+
+@triton.jit
+def router_third_backward_kernel(grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second, partial,
+                                 N, R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
+                                 BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT, R / BN): from the gradient of the chosen probability (N) to those of the logits (zeros up to WIDTH)
+    and of `second`. partial (N / BT, 2, R): its second row, the sums for b2.
+
+    d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
+    """
+    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
     chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
     dp = load_vector(grad_p, n, N) * load_vector(probability, n, N)
-    g = tl.zeros((BT, BR), tl.float32)
-    for e0 in range(0, CLASSES, BE):
-        e = e0 + tl.arange(0, BE)
+    g = tl.zeros((BT, BN), tl.float32)
+    for e0 in range(0, CLASSES, BK):
+        e = e0 + tl.arange(0, BK)
         p = load_matrix(all_p, n[:, None], N, e[None, :], CLASSES)
-        dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(dtype)
-        store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
-        g = dot(dz, load_matrix(W3, e[:, None], CLASSES, c[None, :], R), g)
-    # Second layer
-    raw = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(thought + at, gelu(raw).to(dtype), mask=inside)
-    g = g * gelu_slope(raw)
-    tl.store(own + 3 * R + c, tl.sum(g, axis=0), mask=c < R)
-    g = g.to(dtype)
-    tl.store(grad_second + at, g, mask=inside)
-    # First layer, BN units at a time
-    da = tl.zeros((BT, BR), tl.float32)
-    for u0 in range(0, R, BN):
-        u = u0 + tl.arange(0, BN)
-        raw_units = load_matrix(first, n[:, None], N, u[None, :], R).to(tl.float32)
-        w2 = load_matrix(W2, c[:, None], R, u[None, :], R)
-        du = dot(g, w2) * gelu_slope(raw_units)
-        tl.store(own + 2 * R + u, tl.sum(du, axis=0), mask=u < R)
-        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(raw_units))
-        store_matrix(grad_first, n[:, None], N, u[None, :], R, du)
-        da = dot(du.to(dtype), load_matrix(W1, u[:, None], R, c[None, :], R), da)
-    # Norm, depth averaging
-    x, weight = tl.load(state + at, mask=inside, other=0.0), load_vector(norm, c, R)
+        dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(W3.dtype.element_ty)
+        if tl.program_id(1) == 0:
+            store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
+        g = dot(dz, load_matrix(W3, e[:, None], CLASSES, u[None, :], R), g)
+    through_gelu(g, second, grad_second, partial + (2 * tl.program_id(0) + 1) * R, n, N, u, R)
+
+
+@triton.jit
+def router_second_backward_kernel(grad_second, W2, first, grad_first, partial, N, R: tl.constexpr, BT: tl.constexpr,
+                                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT, R / BN): from the gradient of `second` to that of `first`. partial: its first row, the sums for
+    b1."""
+    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
+    g = tile_product(grad_second, n[:, None], N, W2, u, u < R, R, 1, R, BT, BN, BK)
+    through_gelu(g, first, grad_first, partial + 2 * tl.program_id(0) * R, n, N, u, R)
+
+
+@triton.jit
+def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, normed, grad_r,
+                                 grad_previous, partial, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
+                                 BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and, if DEEP, of the
+    previous state; normed is what entered the layer. partial (N / BT, 2, R): sums for norm and, if DEEP, gamma."""
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+    own, weight = partial + 2 * tl.program_id(0) * R + c, load_vector(norm, c, R)
+    g = tile_product(grad_first, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
+    x = load_matrix(state, n[:, None], N, c[None, :], R)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    direction = x * inverse[:, None]
-    tl.store(normed + at, (direction * weight[None, :]).to(dtype), mask=inside)
-    tl.store(own + c, tl.sum(da * direction, axis=0), mask=c < R)
-    da *= weight[None, :]
-    dx = (da - direction * (tl.sum(da * direction, axis=1) / R)[:, None]) * inverse[:, None]
+    x *= inverse[:, None]
+    store_matrix(normed, n[:, None], N, c[None, :], R, x * weight[None, :])
+    tl.store(own, tl.sum(g * x, axis=0), mask=c < R)
+    g *= weight[None, :]
+    g = (g - x * (tl.sum(g * x, axis=1) / R)[:, None]) * inverse[:, None]
     if grad_state is not None:
-        dx += tl.load(grad_state + at, mask=inside, other=0.0)
+        g += load_matrix(grad_state, n[:, None], N, c[None, :], R)
+    store_matrix(grad_r, n[:, None], N, c[None, :], R, g)
     if DEEP:
-        tl.store(own + R + c, tl.sum(dx * tl.load(previous + at, mask=inside, other=0.0), axis=0), mask=c < R)
-    tl.store(grad_r + at, dx, mask=inside)
-
-
-def router_shape(kernel, r, W3):
-    (N, R), c = r.shape, config(kernel)
-    return N, (cdiv(N, c["BT"]),), dict(R=R, CLASSES=len(W3), BR=block(R), BE=min(32, block(len(W3)))) | c
+        x = load_matrix(previous, n[:, None], N, c[None, :], R)
+        tl.store(own + R, tl.sum(g * x, axis=0), mask=c < R)
+        store_matrix(grad_previous, n[:, None], N, c[None, :], R, g * load_vector(gamma, c, R)[None, :])
 
 
 @operator
 def router_forward(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As zaya.route; and, to keep for the backward pass, both layers' outputs before their GELU (2, N, R), and all
-    probabilities (N, classes)."""
-    N, grid, shape = router_shape("router", r, W3)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.route; and, for the backward pass, first, hidden, second, thought (N, R) and all probabilities
+    (N, classes): without keep, all but hidden are empty."""
+    (N, R), CLASSES, c = r.shape, len(W3), config("router")
+    shape, grid = dict(R=R, BR=block(R)) | c, (cdiv(N, c["BT"]),)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
-    choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(len(W3), dtype=torch.int32)
-    kept, all_p = W1.new_empty(2 if keep else 0, N, shape["R"]), state.new_empty(N if keep else 0, len(W3))
+    choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(CLASSES, dtype=torch.int32)
+    kept, hidden = N if keep else 0, W1.new_empty(N, R)
+    first, second, thought = (W1.new_empty(kept, R) for _ in range(3))
+    all_p = state.new_empty(kept, CLASSES)
     launch(
-        router_forward_kernel, grid, r, previous, gamma, norm, eps, W1, b1, W2, b2, W3, balancing, probability, choice,
-        counts, state, *((*kept, all_p) if keep else [None] * 3), N, DEEP=previous is not None, **shape,
+        router_first_kernel, grid, r, previous, gamma, norm, eps, W1, b1, state, first if keep else None, hidden, N,
+        DEEP=previous is not None, **shape,
     )  # fmt: skip
-    return probability, choice, counts, state, kept, all_p
+    launch(
+        router_choice_kernel, grid, hidden, W2, b2, W3, balancing, probability, choice, counts,
+        *((second, thought, all_p) if keep else [None] * 3), N, CLASSES=CLASSES, BE=min(32, block(CLASSES)), **shape,
+    )  # fmt: skip
+    return probability, choice, counts, state, first, hidden, second, thought, all_p
 
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, state: Tensor, kept: Tensor, all_p: Tensor,
-    previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor,
-    choice: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of r (fp32), of W1, W2 and W3, and the four sums (4, R) of the kernel."""
-    N, grid, shape = router_shape("router_backward", state, W3)
-    R, width = shape["R"], cdiv(len(W3), 16) * 16  # rows of 17 numbers would make the product below a slow one
-    normed, hidden, thought, grad_first, grad_second = (W1.new_empty(N, R) for _ in range(5))
-    grad_logits, grad_r = W1.new_empty(N, width), torch.empty_like(state)
-    partial = state.new_empty(grid[0], 4, R)
+    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, choice: Tensor, state: Tensor, first: Tensor,
+    hidden: Tensor, second: Tensor, thought: Tensor, all_p: Tensor, previous: Tensor | None, gamma: Tensor | None,
+    norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; the sums for b1 and
+    b2 (2, R), and those for norm and gamma."""
+    (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
+    width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
+    normed, grad_first, grad_second = (torch.empty_like(first) for _ in range(3))
+    grad_logits = first.new_empty(N, width)
+    c = config("router_backward")
+    grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
+    biases = state.new_empty(grid[0], 2, R)
     launch(
-        router_backward_kernel, grid, grad_p, grad_state, probability, state, *kept, all_p, previous, gamma, norm, eps,
-        W1, W2, W3, choice, normed, hidden, thought, grad_first, grad_second, grad_logits, grad_r, partial, N,
-        WIDTH=width, DEEP=previous is not None, **shape,
+        router_third_backward_kernel, grid, grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second,
+        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **config("router_backward", BK=block(CLASSES)),
     )  # fmt: skip
-    d_W3 = (grad_logits.t() @ thought)[: len(W3)]
-    return grad_r, grad_first.t() @ normed, grad_second.t() @ hidden, d_W3, partial.sum(dim=0)
+    launch(router_second_backward_kernel, grid, grad_second, W2, first, grad_first, biases, N, R=R, **c)
+    c = config("router_first_backward")
+    grad_r, grad_previous = torch.empty_like(state, dtype=dtype), state.new_empty(N if deep else 0, R)
+    norms = state.new_empty(cdiv(N, c["BT"]), 2, R)
+    launch(
+        router_first_backward_kernel, (len(norms),), grad_first, W1, grad_state, state, previous, gamma, norm, eps,
+        normed, grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
+    )  # fmt: skip
+    d_W3 = (grad_logits.t() @ thought)[:CLASSES]
+    d_W1, d_W2 = grad_first.t() @ normed, grad_second.t() @ hidden
+    return grad_r, grad_previous, d_W1, d_W2, d_W3, biases.sum(dim=0), norms.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
     r, previous, gamma, norm, eps, W1, _, W2, _, W3, *_ = inputs
-    probability, choice, counts, state, *kept = output
-    ctx.save_for_backward(probability, state, *kept, previous, gamma, norm, W1, W2, W3, choice)
+    probability, choice, counts, *kept = output
+    ctx.save_for_backward(probability, choice, *kept, previous, gamma, norm, W1, W2, W3)
     ctx.eps, ctx.dtype = eps, r.dtype
-    without_gradient(ctx, choice, counts, *kept)
+    without_gradient(ctx, choice, counts, *kept[1:])
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
-    *made, previous, gamma, norm, W1, W2, W3, choice = ctx.saved_tensors
+    *made, previous, gamma, norm, W1, W2, W3 = ctx.saved_tensors
     grad_p = torch.zeros_like(made[0]) if grad_p is None else grad_p.contiguous()
     grad_state = None if grad_state is None else grad_state.contiguous()  # nobody takes the last layer's state
-    layers = norm, ctx.eps, W1, W2, W3, choice
-    grad_r, d_W1, d_W2, d_W3, sums = router_backward(grad_p, grad_state, *made, previous, gamma, *layers)
-    d_norm, d_gamma, d_b1, d_b2 = sums
-    d_previous, d_gamma = (None, None) if previous is None else (grad_r * gamma, d_gamma)
-    d_layers = d_W1, d_b1.to(W1.dtype), d_W2, d_b2.to(W1.dtype), d_W3
-    return grad_r.to(ctx.dtype), d_previous, d_gamma, d_norm, None, *d_layers, None, None
+    layers = norm, ctx.eps, W1, W2, W3, ctx.dtype
+    grad_r, d_previous, d_W1, d_W2, d_W3, biases, norms = router_backward(
+        grad_p, grad_state, *made, previous, gamma, *layers
+    )
+    (d_b1, d_b2), (d_norm, d_gamma) = biases.to(W1.dtype), norms
+    d_previous, d_gamma = (None, None) if previous is None else (d_previous, d_gamma)
+    return grad_r, d_previous, d_gamma, d_norm, None, d_W1, d_b1, d_W2, d_b2, d_W3, None, None
 
 
 router_forward.register_autograd(router_gradient, setup_context=save_for_router)
@@ -971,19 +1031,6 @@ def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, BAND: tl.const
     row = tl.sum(tl.where(mine, start + (row_tile - last + tiles) * BM, 0), axis=0)
     rows = tl.sum(tl.where(mine, end, 0), axis=0) - row
     return expert.to(tl.int64), row.to(tl.int64), rows, column_tile
-
-
-@triton.jit
-def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr):  # fmt: skip
-    """Rows m (BM, 1) of x (rows, K) times rows `column` (BN) of w (M, K), by its strides -> (BM, BN) fp32."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        a = load_matrix(x, m, rows, k[None, :], K)
-        at = w + column[None, :] * stride_m + k[:, None] * stride_k
-        acc = dot(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
-    return acc
 
 
 @triton.jit

@@ -254,7 +254,7 @@ def memory_plan(model, optimizer, tokens):
     kept += optimizer.muon.master.values() if size < 4 else []
     attention = (2 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim * 2
     experts = 3 * c.moe_intermediate_size + 4 * c.hidden_size
-    layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + 5 * c.router_hidden_size) * size
+    layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + 7 * c.router_hidden_size) * size
     layer += 0 if optimizer.config.recompute else (attention + experts) * size
     head = (
         2 * c.vocab_size * c.hidden_size * 4
