@@ -630,9 +630,11 @@ def gelu_slope(x):
 
 
 @triton.jit
-def load_classes(W3, e0, R: tl.constexpr, CLASSES: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """The last layer's weights of BE classes from e0 on, (BR, BE)."""
-    return load_matrix(W3, (e0 + tl.arange(0, BE))[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
+def load_classes(W3, balancing, e0, R: tl.constexpr, CLASSES: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
+    """The last layer's weights of BE classes from e0 on, (BR, BE), and their balancing biases, (BE)."""
+    e = e0 + tl.arange(0, BE)
+    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
+    return w3, tl.load(balancing + e, mask=e < CLASSES, other=0.0)
 
 
 @triton.jit
@@ -643,15 +645,16 @@ def logits(thought, w3, e0, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def choose(thought, W3, w3, balancing, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
+def choose(thought, W3, w3, balancing, bias, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
            BE: tl.constexpr):  # fmt: skip
-    """From what enters the third layer (BT, BR), and w3, the weights of its first BE classes, to tokens n's probability
-    and choice, and all_p unless that is None -> the choice (BT) int32."""
+    """From what enters the third layer (BT, BR), and w3 and bias, what load_classes has of the first BE classes, to
+    tokens n's probability and choice, and all_p unless that is None -> the choice (BT) int32."""
     z = logits(thought, w3, 0, CLASSES)
     largest = tl.max(z, axis=1)
     total = tl.sum(tl.exp(z - largest[:, None]), axis=1)
     for e0 in range(BE, CLASSES, BE):
-        z = logits(thought, load_classes(W3, e0, R, CLASSES, w3.shape[0], BE), e0, CLASSES)
+        w3, _ = load_classes(W3, balancing, e0, R, CLASSES, w3.shape[0], BE)
+        z = logits(thought, w3, e0, CLASSES)
         new = tl.maximum(largest, tl.max(z, axis=1))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
         largest = new
@@ -659,12 +662,13 @@ def choose(thought, W3, w3, balancing, probability, choice, all_p, n, N, R: tl.c
     chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.zeros((thought.shape[0],), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
-        if CLASSES > BE:  # else z is still the only block's
-            z = logits(thought, load_classes(W3, e0, R, CLASSES, w3.shape[0], BE), e0, CLASSES)
+        if CLASSES > BE:  # else both are still the only block's
+            w3, bias = load_classes(W3, balancing, e0, R, CLASSES, w3.shape[0], BE)
+            z = logits(thought, w3, e0, CLASSES)
         p = tl.exp(z - largest[:, None]) / total[:, None]
         if all_p is not None:
             store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
-        score = tl.where((e < CLASSES)[None, :], p + tl.load(balancing + e, mask=e < CLASSES)[None, :], float("-inf"))
+        score = tl.where((e < CLASSES)[None, :], p + bias[None, :], float("-inf"))
         top, where = tl.max(score, axis=1, return_indices=True)
         p_top = tl.sum(tl.where(e[None, :] == e0 + where[:, None], p, 0.0), axis=1)
         chosen, p_chosen = tl.where(top > best, e0 + where, chosen), tl.where(top > best, p_top, p_chosen)
@@ -715,8 +719,8 @@ def router_choice_kernel(hidden, W2, b2, W3, balancing, probability, choice, cou
     y = gelu(y).to(W2.dtype.element_ty)
     if thought is not None:
         store_matrix(thought, n[:, None], N, c[None, :], R, y)
-    w3 = load_classes(W3, 0, R, CLASSES, BR, BE)
-    chosen = choose(y, W3, w3, balancing, probability, choice, all_p, n, N, R, CLASSES, BE)
+    w3, bias = load_classes(W3, balancing, 0, R, CLASSES, BR, BE)
+    chosen = choose(y, W3, w3, balancing, bias, probability, choice, all_p, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         count = hits(chosen, n, N, e)  # integers may be added in any order
@@ -1426,10 +1430,10 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, N, R: tl.
     """Grid (1): the router's last layer and its choice, of up to BT tokens."""
     n = tl.arange(0, BT)
     let_the_next_start(EARLY)
-    w3 = load_classes(W3, 0, R, CLASSES, BR, BE)
+    w3, bias = load_classes(W3, balancing, 0, R, CLASSES, BR, BE)
     wait_for_the_kernel_before(EARLY)
     thought = load_matrix(thought, n[:, None], N, tl.arange(0, BR)[None, :], R)
-    chosen = choose(thought, W3, w3, balancing, probability, choice, None, n, N, R, CLASSES, BE)
+    chosen = choose(thought, W3, w3, balancing, bias, probability, choice, None, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         tl.store(counts + e, hits(chosen, n, N, e), mask=e < CLASSES)
@@ -1563,8 +1567,10 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
     n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
     if SWIGLU:
         wait_for_the_kernel_before(EARLY)
-    let_the_next_start(EARLY)  # the second of the two kernels starts after the first has waited: choice can be read
-    expert = tl.load(choice + n)
+    let_the_next_start(EARLY)  # the second kernel starts after the first has waited: the choice can be read
+    expert, p = tl.load(choice + n), 1.0
+    if not SWIGLU:
+        p = tl.load(probability + n)  # here and not where it is used, so that nothing waits for it
     w, rows = weight + expert * (2 * M if SWIGLU else M) * K, tl.where(expert < E, M, 0)  # a skipped token's stay zeros
     matrix = load_matrix(w, m[:, None], rows, k[None, :], K)  # a step ahead of its use
     if SWIGLU:
@@ -1582,7 +1588,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
     if SWIGLU:
         tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
     else:
-        tl.store(out + n * M + m, (acc * tl.load(probability + n)).to(out.dtype.element_ty), mask=m < M)
+        tl.store(out + n * M + m, (acc * p).to(out.dtype.element_ty), mask=m < M)
 
 
 @operator
@@ -1637,13 +1643,13 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     s = start + tl.arange(0, BS)
     keys, values = load_past(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
     wait_for_the_kernel_before(EARLY)
+    newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
+    key, value = tl.load(k + newest, mask=c < h, other=0.0), tl.load(v + newest, mask=c < h, other=0.0)
     acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
     largest = tl.full((BG,), float("-inf"), tl.float32)
     if start < stop:
-        newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
-        keys = tl.where(is_newest, tl.load(k + newest, mask=c < h, other=0.0)[None, :], keys)
-        values = tl.where(is_newest, tl.load(v + newest, mask=c < h, other=0.0)[None, :], values)
+        keys, values = tl.where(is_newest, key[None, :], keys), tl.where(is_newest, value[None, :], values)
         acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     for s0 in range(start + BS, stop, BS):
         keys, values = load_past(k, v, s0, stop, Hk, h, BS, BH)
