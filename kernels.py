@@ -587,8 +587,8 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 #
 # Forward, a program takes BT tokens through the first layer, another through the other two:
 #
-#     state = r + gamma * previous;  a = normed state                            (BT, R)
-#     for BN units of the first layer:   first = a @ W1[units].T + b1[units];  hidden[units] = gelu(first)
+#     state = r + gamma * previous;  normed = norm(state)                        (BT, R)
+#     for BN units of the first layer:   first = normed @ W1[units].T + b1[units];  hidden[units] = gelu(first)
 #
 #     second = hidden @ W2.T + b2;  thought = gelu(second)                       (BT, R)
 #     for BE classes: running max of the logits thought @ W3[classes].T, and sum of exp(logit - max)
@@ -685,20 +685,22 @@ def hits(choice, n, N, e):
 
 
 @triton.jit
-def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, first, hidden, N, R: tl.constexpr,
+def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
                         DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state and hidden (N, R), and first (N, R)
-    unless that is None."""
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state and hidden (N, R); normed and first
+    (N, R), for the backward pass, or None."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
         x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
-    a = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
+    x = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
+    if normed is not None:
+        store_matrix(normed, n[:, None], N, c[None, :], R, x)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
-        y = dot(a, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
+        y = dot(x, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
         if first is not None:
             store_matrix(first, n[:, None], N, u[None, :], R, y)
         store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(y))
@@ -770,18 +772,17 @@ def router_second_backward_kernel(grad_second, W2, first, grad_first, partial, N
 
 
 @triton.jit
-def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, normed, grad_r,
-                                 grad_previous, partial, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr,
-                                 BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, grad_r, grad_previous,
+                                 partial, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                                 BK: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and, if DEEP, of the
-    previous state; normed is what entered the layer. partial (N / BT, 2, R): sums for norm and, if DEEP, gamma."""
+    previous state. partial (N / BT, 2, R): sums for norm and, if DEEP, gamma."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     own, weight = partial + 2 * tl.program_id(0) * R + c, load_vector(norm, c, R)
+    x = load_matrix(state, n[:, None], N, c[None, :], R)  # on its way during the product
     g = tile_product(grad_first, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
-    x = load_matrix(state, n[:, None], N, c[None, :], R)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x *= inverse[:, None]
-    store_matrix(normed, n[:, None], N, c[None, :], R, x * weight[None, :])
     tl.store(own, tl.sum(g * x, axis=0), mask=c < R)
     g *= weight[None, :]
     g = (g - x * (tl.sum(g * x, axis=1) / R)[:, None]) * inverse[:, None]
@@ -798,39 +799,38 @@ def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, ga
 def router_forward(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As zaya.route; and, for the backward pass, first, hidden, second, thought (N, R) and all probabilities
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and all probabilities
     (N, classes): without keep, all but hidden are empty."""
     (N, R), CLASSES, c = r.shape, len(W3), config("router")
     shape, grid = dict(R=R, BR=block(R)) | c, (cdiv(N, c["BT"]),)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(CLASSES, dtype=torch.int32)
     kept, hidden = N if keep else 0, W1.new_empty(N, R)
-    first, second, thought = (W1.new_empty(kept, R) for _ in range(3))
+    normed, first, second, thought = (W1.new_empty(kept, R) for _ in range(4))
     all_p = state.new_empty(kept, CLASSES)
     launch(
-        router_first_kernel, grid, r, previous, gamma, norm, eps, W1, b1, state, first if keep else None, hidden, N,
-        DEEP=previous is not None, **shape,
+        router_first_kernel, grid, r, previous, gamma, norm, eps, W1, b1, state,
+        *((normed, first) if keep else [None] * 2), hidden, N, DEEP=previous is not None, **shape,
     )  # fmt: skip
     launch(
         router_choice_kernel, grid, hidden, W2, b2, W3, balancing, probability, choice, counts,
         *((second, thought, all_p) if keep else [None] * 3), N, CLASSES=CLASSES, BE=min(32, block(CLASSES)), **shape,
     )  # fmt: skip
-    return probability, choice, counts, state, first, hidden, second, thought, all_p
+    return probability, choice, counts, state, normed, first, hidden, second, thought, all_p
 
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, choice: Tensor, state: Tensor, first: Tensor,
-    hidden: Tensor, second: Tensor, thought: Tensor, all_p: Tensor, previous: Tensor | None, gamma: Tensor | None,
-    norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
+    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, choice: Tensor, state: Tensor, normed: Tensor,
+    first: Tensor, hidden: Tensor, second: Tensor, thought: Tensor, all_p: Tensor, previous: Tensor | None,
+    gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; the sums for b1 and
     b2 (2, R), and those for norm and gamma."""
     (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
-    normed, grad_first, grad_second = (torch.empty_like(first) for _ in range(3))
-    grad_logits = first.new_empty(N, width)
+    grad_first, grad_second, grad_logits = torch.empty_like(first), torch.empty_like(first), first.new_empty(N, width)
     c = config("router_backward")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
     biases = state.new_empty(grid[0], 2, R)
@@ -844,7 +844,7 @@ def router_backward(
     norms = state.new_empty(cdiv(N, c["BT"]), 2, R)
     launch(
         router_first_backward_kernel, (len(norms),), grad_first, W1, grad_state, state, previous, gamma, norm, eps,
-        normed, grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
+        grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
     )  # fmt: skip
     d_W3 = (grad_logits.t() @ thought)[:CLASSES]
     d_W1, d_W2 = grad_first.t() @ normed, grad_second.t() @ hidden
