@@ -44,8 +44,9 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with two programs of 4
 #   warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of preset small, 251 us
-#   for 356; in halves for RoPE then 207). The experts' tiles are as large as 255
-#   registers a thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each.
+#   for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a thread allow (128 x 256;
+#   grouped products 732 us, by 128 x 128 898), and fill an SM: one program each. The router's leave room for 16 warps
+#   an SM; they are still to be measured.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
