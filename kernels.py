@@ -41,12 +41,12 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32. Two stages (one step
 #   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
-#   tokens make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
-# sm_90, the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with two programs of 4
-#   warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of preset small, 251 us
-#   for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a thread allow (128 x 256;
-#   grouped products 732 us, by 128 x 128 898), and fill an SM: one program each. The router's leave room for 16 warps
-#   an SM; they are still to be measured.
+#   tokens, and its tiles of 64 x 64, make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
+# sm_90, but for the router the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with
+#   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
+#   preset small, 251 us for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a
+#   thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each. The router's,
+#   still to be measured, leave room for 16 warps an SM.
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
@@ -169,7 +169,8 @@ def let_the_next_start(EARLY: tl.constexpr):
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
     """Until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
     early_start() calls this before it writes, and before it reads anything but weights and what was there before the
-    step's first such kernel, or before torch's last one: old tokens' parts of the cache, end, cos, sin."""
+    step's first such kernel, or before torch's last one: old tokens' parts of the cache, end, cos, sin. (few_kernel
+    knows of two things more.)"""
     if EARLY:
         tl.extra.cuda.gdc_wait()
 
@@ -526,7 +527,7 @@ def cca_backward(
     c = config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
-    grid = (len(by_part), TAPS * H, cdiv(h, c["BK"]))
+    grid = (by_part.shape[0], TAPS * H, cdiv(h, c["BK"]))
     launch(
         cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, h=h, TAPS=TAPS,
         BH=block(h), **c,
@@ -586,7 +587,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Router: from its input to the choice (for the few tokens of a decoding step see 7)
 #
-# Forward, a program takes BT tokens through the first layer, another through the other two:
+# Forward, one kernel takes BT tokens a program through the first layer, the next through the other two:
 #
 #     state = r + gamma * previous;  normed = norm(state)                        (BT, R)
 #     for BN units of the first layer:   first = normed @ W1[units].T + b1[units];  hidden[units] = gelu(first)
@@ -595,22 +596,23 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 #     for BE classes: running max of the logits thought @ W3[classes].T, and sum of exp(logit - max)
 #     for BE classes: the class with the largest probability + bias, and its probability
 #
-# Backward goes from layer to layer, from what forward has kept: all that has a name above, and the probabilities. A
-# layer's kernel takes the gradient through its matrix and the GELU before it:
+# Backward starts at the chosen probability and needs what forward has kept: all that has a name above, and all
+# probabilities. A layer's kernel takes the gradient through its matrix and the GELU before it:
 #
 #     grad = (grad @ W[:, units]) * slope of GELU at what it was given           (BT, BN)
 #
 # and the last one, with W1, through norm and depth averaging. The gradients of the three matrices are sums over all
 # tokens, products that torch does well.
 #
-# (One kernel for all of it reads the least, but its registers leave an H200's SM room for two programs, and these
-# mostly wait: 51 us forward and 114 backward, where issuing all of their instructions takes 17 and 35.)
+# (One kernel forward and one backward, as this once was, read the least, but they hold so much that an H200's SM had
+# room for two programs, which mostly waited: 16,384 tokens took 51 and 114 us, where issuing all of their instructions
+# takes 17 and 35.)
 
 
 @triton.jit
 def normal(x):
-    """The normal distribution's density at x and its integral up to x, of which the second is right to 7.5e-8
-    (Abramowitz and Stegun, 26.2.17). By erf the backward kernels would have half as many instructions again."""
+    """The normal distribution's density at x and its integral up to x, which is Abramowitz and Stegun's 26.2.17: off by
+    at most 7.5e-8, in fp32 by 3e-7. With erf the backward kernels would have half as many instructions again."""
     density = tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361592)  # exp(-x^2 / 2) / sqrt(2 pi)
     t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
     series = 0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429)))
@@ -660,7 +662,7 @@ def choose(thought, W3, w3, balancing, bias, probability, choice, all_p, n, N, R
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
         largest = new
     best = tl.full((thought.shape[0],), float("-inf"), tl.float32)
-    chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.zeros((thought.shape[0],), tl.float32)
+    chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.full((thought.shape[0],), float("nan"), tl.float32)
     for e0 in range(0, CLASSES, BE):
         e = e0 + tl.arange(0, BE)
         if CLASSES > BE:  # else both are still the only block's
@@ -732,19 +734,19 @@ def router_choice_kernel(hidden, W2, b2, W3, balancing, probability, choice, cou
 
 @triton.jit
 def through_gelu(g, given, grad, sums, n, N, u, R: tl.constexpr):
-    """From the gradient g (BT, BN) of GELU at tokens n and units u, to that of what it was given (N, R); and the sums
-    of this over the tokens."""
+    """g (BT, BN) is the gradient of what GELU returned at tokens n and units u. Write that of what it was given to grad
+    (both (N, R)), and its sums over these tokens to sums (R)."""
     g *= gelu_slope(load_matrix(given, n[:, None], N, u[None, :], R).to(tl.float32))
     store_matrix(grad, n[:, None], N, u[None, :], R, g)
     tl.store(sums + u, tl.sum(g, axis=0), mask=u < R)
 
 
 @triton.jit
-def router_third_backward_kernel(grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second, partial,
+def router_third_backward_kernel(grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second, biases,
                                  N, R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
                                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (N / BT, R / BN): from the gradient of the chosen probability (N) to those of the logits (zeros up to WIDTH)
-    and of `second`. partial (N / BT, 2, R): its second row, the sums for b2.
+    and of `second`. biases (N / BT, 2, R): sums for b1 and, from here, b2.
 
     d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
     """
@@ -759,27 +761,26 @@ def router_third_backward_kernel(grad_p, probability, choice, all_p, W3, second,
         if tl.program_id(1) == 0:
             store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
         g = dot(dz, load_matrix(W3, e[:, None], CLASSES, u[None, :], R), g)
-    through_gelu(g, second, grad_second, partial + (2 * tl.program_id(0) + 1) * R, n, N, u, R)
+    through_gelu(g, second, grad_second, biases + (2 * tl.program_id(0) + 1) * R, n, N, u, R)
 
 
 @triton.jit
-def router_second_backward_kernel(grad_second, W2, first, grad_first, partial, N, R: tl.constexpr, BT: tl.constexpr,
+def router_second_backward_kernel(grad_second, W2, first, grad_first, biases, N, R: tl.constexpr, BT: tl.constexpr,
                                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT, R / BN): from the gradient of `second` to that of `first`. partial: its first row, the sums for
-    b1."""
+    """Grid (N / BT, R / BN): from the gradient of `second` to that of `first`. biases: here the sums for b1."""
     n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
     g = tile_product(grad_second, n[:, None], N, W2, u, u < R, R, 1, R, BT, BN, BK)
-    through_gelu(g, first, grad_first, partial + 2 * tl.program_id(0) * R, n, N, u, R)
+    through_gelu(g, first, grad_first, biases + 2 * tl.program_id(0) * R, n, N, u, R)
 
 
 @triton.jit
 def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, grad_r, grad_previous,
-                                 partial, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                                 norms, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
                                  BK: tl.constexpr):  # fmt: skip
     """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and, if DEEP, of the
-    previous state. partial (N / BT, 2, R): sums for norm and, if DEEP, gamma."""
+    previous state. norms (N / BT, 1 + DEEP, R): sums for norm and gamma."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
-    own, weight = partial + 2 * tl.program_id(0) * R + c, load_vector(norm, c, R)
+    own, weight = norms + (1 + DEEP) * tl.program_id(0) * R + c, load_vector(norm, c, R)
     x = load_matrix(state, n[:, None], N, c[None, :], R)  # on its way during the product
     g = tile_product(grad_first, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
@@ -802,7 +803,7 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and all probabilities
-    (N, classes): without keep, all but hidden are empty."""
+    (N, classes). Without keep these are empty, but for hidden, which the second kernel reads."""
     (N, R), CLASSES, c = r.shape, len(W3), config("router")
     shape, grid = dict(R=R, BR=block(R)) | c, (cdiv(N, c["BT"]),)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
@@ -827,8 +828,8 @@ def router_backward(
     first: Tensor, hidden: Tensor, second: Tensor, thought: Tensor, all_p: Tensor, previous: Tensor | None,
     gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; the sums for b1 and
-    b2 (2, R), and those for norm and gamma."""
+    """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; those of b1 and b2
+    (2, R), and of norm and gamma (2, R), or norm alone (1, R)."""
     (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
     grad_first, grad_second, grad_logits = torch.empty_like(first), torch.empty_like(first), first.new_empty(N, width)
@@ -842,9 +843,9 @@ def router_backward(
     launch(router_second_backward_kernel, grid, grad_second, W2, first, grad_first, biases, N, R=R, **c)
     c = config("router_first_backward")
     grad_r, grad_previous = torch.empty_like(state, dtype=dtype), state.new_empty(N if deep else 0, R)
-    norms = state.new_empty(cdiv(N, c["BT"]), 2, R)
+    norms = state.new_empty(cdiv(N, c["BT"]), 1 + deep, R)
     launch(
-        router_first_backward_kernel, (len(norms),), grad_first, W1, grad_state, state, previous, gamma, norm, eps,
+        router_first_backward_kernel, norms.shape[:1], grad_first, W1, grad_state, state, previous, gamma, norm, eps,
         grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
     )  # fmt: skip
     d_W3 = (grad_logits.t() @ thought)[:CLASSES]
@@ -868,8 +869,8 @@ def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
     grad_r, d_previous, d_W1, d_W2, d_W3, biases, norms = router_backward(
         grad_p, grad_state, *made, previous, gamma, *layers
     )
-    (d_b1, d_b2), (d_norm, d_gamma) = biases.to(W1.dtype), norms
-    d_previous, d_gamma = (None, None) if previous is None else (d_previous, d_gamma)
+    (d_b1, d_b2), d_norm = biases.to(W1.dtype), norms[0]
+    d_previous, d_gamma = (None, None) if previous is None else (d_previous, norms[1])
     return grad_r, d_previous, d_gamma, d_norm, None, d_W1, d_b1, d_W2, d_b2, d_W3, None, None
 
 
@@ -1275,7 +1276,7 @@ def merge_backward(
     partial = stream.new_empty(min(N, for_this_gpu(PROGRAMS)), 4, D)
     c = config("merge_backward", AHEAD=1 if D > 4096 else None)  # or shared memory would not hold the rows
     launch(
-        merge_backward_kernel, (len(partial),), grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
+        merge_backward_kernel, partial.shape[:1], grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
         grad_stream, grad_out, partial, N, D, eps, BD=block(D), **c,
     )  # fmt: skip
     return grad_stream, grad_out, partial.sum(dim=0)
@@ -1568,7 +1569,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
     n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
     if SWIGLU:
         wait_for_the_kernel_before(EARLY)
-    let_the_next_start(EARLY)  # the second kernel starts after the first has waited: the choice can be read
+    let_the_next_start(EARLY)  # the second kernel starts after the first has waited: it can read the choice
     expert, p = tl.load(choice + n), 1.0
     if not SWIGLU:
         p = tl.load(probability + n)  # here and not where it is used, so that nothing waits for it

@@ -285,9 +285,9 @@ def resources_on_amd(compiled, warps):
     text = compiled.asm["amdgcn"]
     registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
     shared = compiled.metadata.shared
-    waves = min(8, 512 // (cdiv(registers, 8) * 8))  # 512 registers a lane, handed out by eights
-    if shared:
-        waves = min(waves, max(1, 65536 // shared * warps // 4))  # a workgroup's waves are spread over four SIMDs
+    # 512 registers a lane, handed out by eights; a workgroup's waves are spread over four SIMDs
+    workgroups = min(8, 512 // (cdiv(registers, 8) * 8)) * 4 // warps
+    waves = min(workgroups, 65536 // shared if shared else 32) * warps // 4
     return registers, spills, shared, len(re.findall(r"v_mfma", text)), waves
 
 
@@ -300,9 +300,8 @@ def resources_on_nvidia(compiled, warps):
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spills = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     shared = compiled.metadata.shared
-    waves = min(16, 512 // (cdiv(registers, 8) * 8))
-    if shared:
-        waves = min(waves, max(1, 233472 // shared * warps // 4))
+    programs = min(64 // warps, 65536 // (cdiv(registers, 8) * 8 * 32 * warps))
+    waves = min(programs, 233472 // shared if shared else 32) * warps // 4
     ptx = compiled.asm["ptx"]
     if compiled.metadata.launch_pdl:  # see kernels.early_start
         before, wait, _ = ptx.partition("griddepcontrol.wait")
