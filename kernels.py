@@ -46,7 +46,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
 #   preset small, 251 us for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a
 #   thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each. The router's,
-#   still to be measured, leave room for 16 warps an SM.
+#   still to be measured, leave room for 16 warps an SM (by Triton 3.6).
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"

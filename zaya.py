@@ -19,9 +19,9 @@ Shapes, one letter each:
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past tokens: how many before the current one CCA's two convolutions see
 
-linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
-configuration chooses among parts, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; those that it is
-compared with stand after the model, too.
+linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Of parts among
+which the configuration chooses, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; the others, which it is
+compared with, stand after the model, too.
 """
 
 import argparse
@@ -54,9 +54,9 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# The fields that are ours alone, with the values that make a model a ZAYA1; and what cca_without may name.
+# The fields that are ours alone, with the values that make a model a ZAYA1.
 ZAYA1 = {"attention": "cca", "mlp": "moe", "cca_without": None, "router": "zaya", "residual_scaling": True}
-CCA_PARTS = ("depthwise", "grouped", "value_shift", "qk_mean")
+CCA_PARTS = ("depthwise", "grouped", "value_shift", "qk_mean")  # which cca_without may name
 
 
 @dataclass
@@ -211,8 +211,8 @@ def grouped_conv(x, weight, bias, H):
 
 
 def normalize_heads(qk, temp):
-    """Give every head of qk (B, T, H, h) the length sqrt(h), keys times temp (Hk). [T] clamps the norm at its dtype's
-    eps; we, at fp32's."""
+    """Scale every head of qk (B, T, H, h) to the length sqrt(h), that of key head j to sqrt(h) * temp[j], temp (Hk).
+    [T] clamps the norm at its dtype's eps; we, at fp32's."""
     H, h = qk.shape[2:]
     length = math.sqrt(h) * torch.cat([temp.new_ones(H - len(temp)), temp])[:, None]  # (H, 1)
     norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
@@ -232,11 +232,12 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     cos, sin   (T, 1, rotary_dim / 2)
     Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """
-    (B, T, _), C, h, Hk = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp)
+    (B, T, _), C, h, Hk, late = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp), v_before.shape[2]
     H = C // h
     Hq = H - Hk
-    qk, v_current, v_delayed = qkv.split([C, Hk * h // 2, Hk * h // 2], dim=-1)
-    # The text is padded once, not before each convolution: so before position 0 the second sees the first one's bias.
+    qk, v_current, v_delayed = qkv.split([C, Hk * h - late, late], dim=-1)
+    # Zeros stand before the text once, not before each convolution: so at position -1 the second one sees the first
+    # one's bias, not 0.
     mixed = torch.cat([past, qk], dim=1)
     mixed = depthwise_conv(mixed, *depthwise)
     mixed = grouped_conv(mixed, *grouped, H)
@@ -277,7 +278,7 @@ def visible(first_query, first_key, end, window, device):
 
 
 def decodes(x, cache):
-    """Whether x (B, T, ...) is of one new token a text after a cache's, without a gradient."""
+    """Whether x (B, T, ...) is one new token for each text of a cache, and no gradient is wanted."""
     return cache is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
 
 
@@ -307,8 +308,8 @@ class CCA(nn.Module):
         """past and v_before, as cca takes them; a cache then remembers qkv."""
         if cache is not None:
             return cache.remember(qkv)
-        B, late = len(qkv), self.v_proj_delayed.out_features
-        return qkv.new_zeros(B, self.past_tokens, qkv.shape[2] - 2 * late), qkv.new_zeros(B, 1, late)
+        B, C = len(qkv), self.q_proj.out_features + self.k_proj.out_features
+        return qkv.new_zeros(B, self.past_tokens, C), qkv.new_zeros(B, 1, self.v_proj_delayed.out_features)
 
     def forward(self, x, temp, cos, sin, cache):
         """x (B, T, D) -> q (B, T, Hq, h), k and v (B, T, Hk, h), or None where cca_step has put them into the cache."""
@@ -411,15 +412,15 @@ def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing_biases):
         state = state + previous * gamma
     thought = F.gelu(linear(normalize(state, norm, eps), *fc1))
     thought = F.gelu(linear(thought, *fc2))
-    # fp32: in bf16 a tenth of the tokens would see ties between experts.
+    # fp32: in bf16 a tenth of the tokens would have two equally likely experts.
     return *choose(linear(thought, out).float().softmax(dim=-1), balancing_biases), state
 
 
 def choose(probabilities, balancing_biases):
     """The class of each token: (N, E + 1) -> its probability (N), its number (N), tokens a class (E + 1).
 
-    The bias steers the choice and nothing else: the output is weighted by the unbiased probability, not renormalised,
-    and through that one number alone the gradient reaches the router.
+    The bias steers the choice and nothing else: the output is weighted by the unbiased probability, not renormalised
+    without skip's, and through that one number alone the gradient reaches the router.
     """
     choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
     return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, tally(choice, len(balancing_biases))
@@ -442,7 +443,7 @@ class Experts(nn.Module):
 
 class MixtureOfExperts(nn.Module):
     """Top-1 routing without a capacity limit (others cap the tokens that an expert may get, and drop the rest): every
-    token is served. By kernels every shape is static."""
+    token is served. With the kernels no shape depends on the routing."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -463,7 +464,7 @@ class MixtureOfExperts(nn.Module):
         x = x.to(down.dtype)
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():  # dispatch, experts and combine in one
             return experts_of_few(x, probability, choice, gate_up, down)
-        # A skipped token gets zeros, as in [T] ([Z] adds its share of x): the last expert's result, times 0.
+        # A skipped token goes to the last expert, whose result is then multiplied by 0 ([T]; [Z] adds its share of x).
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
         choice = choice.clamp_max(self.num_experts - 1)
         if x.device.type == "cpu" and not on_kernels(x):  # the three in fewer passes over memory
@@ -522,7 +523,7 @@ class ResidualScaling(nn.Module):
 def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps):
     """The new stream (B, T, D), as ResidualScaling says, in fp32; and the same through RMSNorm, in out's dtype. The
     four vectors and the norm's weight are (D)."""
-    stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)  # constants first
+    stream = torch.addcmul(torch.addcmul(b_r * s_r + b_o * s_o, stream, s_r), out, s_o)  # both biases at once
     return stream, normalize(stream, weight, eps).to(out.dtype)
 
 
@@ -575,8 +576,8 @@ class Zaya(nn.Module):
         """Matrices are normal with the standard deviation initializer_range, the router's with fan-in^-0.5; biases 0;
         norms, scales, temperatures 1; the convolutions as nn.Conv1d has them.
 
-        With the router's at initializer_range, too, its probabilities are nearly equal and the balancing bias alone
-        decides: a loss of 2.00 instead of 1.80 (tiny Shakespeare, 8 experts, 120 steps, equal balancing).
+        If the router's were at initializer_range, too, its probabilities would be nearly equal and the balancing bias
+        alone would decide: a loss of 2.00 instead of 1.80 (tiny Shakespeare, 8 experts, 120 steps, equal balancing).
         """
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -755,7 +756,7 @@ class Zaya(nn.Module):
     @torch.no_grad()
     def load_official(self, headers):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
-        place: no second copy in memory. ValueError, naming one, unless all are there, none is too many, all fit."""
+        place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown or of another shape."""
         missing = official_names(self.state_dict())
         legacy = any(".zaya_block." in name for entries, _ in headers.values() for name in entries)
         if legacy:  # there every expert has matrices of its own
@@ -1069,7 +1070,7 @@ class DecoderLayer:
         self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
-        self.parts, self.turning = (H * h, self.Hk * h // 2, self.Hk * h // 2), (half, half, h - 2 * half)
+        self.parts, self.turning = (H * h, self.Hk * h - cache.late, cache.late), (half, half, h - 2 * half)
         norm = DecoderNorm(block.post_attention_layernorm)
         self.after_attention = self.merging(block.post_attention_residual_scale, norm)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
@@ -1191,8 +1192,8 @@ class PartialCCA(CCA):
 
     def mix(self, qkv, temp, cos, sin, cache):
         past, v_before = self.take_past(qkv, cache)
-        (B, T, _), (Hq, Hk), C = qkv.shape, self.heads, past.shape[2]
-        qk, v_current, v_delayed = qkv.split([C, v_before.shape[2], v_before.shape[2]], dim=-1)
+        (B, T, width), (Hq, Hk), C, late = qkv.shape, self.heads, past.shape[2], v_before.shape[2]
+        qk, v_current, v_delayed = qkv.split([C, width - C - late, late], dim=-1)
         mixed = torch.cat([past, qk], dim=1)
         if "depthwise" not in self.without:
             mixed = depthwise_conv(mixed, self.conv_qk_depthwise.weight, self.conv_qk_depthwise.bias)

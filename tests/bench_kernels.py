@@ -227,12 +227,14 @@ def report():
         device, dtype, shape = "cpu", torch.float32, (zaya.replica(64, 2, 8), 2, 40)
         print(f"Triton {triton.__version__}'s interpreter, fp32\n{'kernel':26}{'error':>9}{'eager':>9}")
     print(f"{'':26}{'against fp32':>18}")
+    wrong = []
     for name, (args, *costs) in cases(*shape, device, dtype).items():
         kernel, eager = getattr(kernels, name), getattr(zaya, name).__wrapped__
         zaya.use_kernels("eager")
         theirs, ours = errors(eager, kernel, args)
         for i, suffix in enumerate(["", " backward"] if costs[2] else [""]):
             line = f"{name + suffix:26}{ours[i]:9.1e}{theirs[i]:9.1e}"
+            wrong += [] if ours[i] <= max(1e-4, (2 + i) * theirs[i]) else [name + suffix]
             if gpu:
                 times = []
                 for function in (eager, torch.compile(eager, dynamic=False), kernel):
@@ -253,6 +255,8 @@ def report():
                 else:
                     line += f"{achieved[0] / 1e9:,.0f} GB/s, {achieved[0] / bandwidth:.0%} of the copy's"
             print(line, flush=True)
+    if wrong:
+        raise ValueError(f"further from fp32 than a kernel may be: {', '.join(wrong)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import zaya
 from zaya import PRESETS, Zaya, ZayaConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+import bench_kernels  # noqa: E402
 import kernels  # noqa: E402
 from bench_kernels import cases, in_fp32, tensors_in  # noqa: E402
 
@@ -375,6 +376,15 @@ def test_compiles_without_that_gpu(architecture, dtype, head_dim):
         shown = re.findall(r"^\| (\w+_kernel) \| ([\d,]+) \| ([\d,]+) \| (\d+) \| (\d+) \|$", readme, re.MULTILINE)
         printed = {(name, registers, shared, *rest) for name, registers, _, shared, *rest in rows}
         assert shown and set(shown) <= printed
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    right = kernels.merge
+    monkeypatch.setattr(bench_kernels, "cases", lambda *shape: {"merge": cases(*shape)["merge"]})
+    bench_kernels.report()
+    monkeypatch.setattr(kernels, "merge", lambda stream, *rest: right(1.01 * stream, *rest))
+    with pytest.raises(ValueError, match="further from fp32 than a kernel may be: merge, merge backward"):
+        bench_kernels.report()
 
 
 def test_one_line_without_a_gpu():
