@@ -1342,7 +1342,7 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, V: int, keep: bool) -
 
 
 def cross_entropy(logits, targets, V, with_gradient):
-    losses, grad = cross_entropy_forward(logits, targets, V, with_gradient)
+    losses, grad = cross_entropy_forward(logits.contiguous(), targets.contiguous(), V, with_gradient)
     return losses, grad if with_gradient else None
 
 

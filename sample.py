@@ -77,6 +77,8 @@ class SampleConfig:
 
 def read_prompt(prompt):
     """The text that --prompt stands for."""
+    if prompt == "-" and sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed")
     text = sys.stdin.read() if prompt == "-" else utf8_text(prompt[5:]) if prompt.startswith("FILE:") else prompt
     try:
         text.encode()
@@ -213,12 +215,19 @@ class Pieces:
     """A growing text, piece by piece: whole characters only, as soon as their last byte is there."""
 
     def __init__(self, tokenizer):
+        # The last tokens, and how many characters of theirs are shown. To decode a long text whole for each token would
+        # take longer than the token.
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
     def add(self, token):
         """What a token completes."""
         self.ids.append(token)
-        return self.beyond(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+        text = self.tokenizer.decode(self.ids)
+        piece = self.beyond(text.rstrip("\ufffd"))
+        if text and text[-1] != "\ufffd":  # no character is open. One token stays: some write a text's first otherwise
+            self.ids = [token]
+            self.shown = len(self.tokenizer.decode(self.ids))
+        return piece
 
     def rest(self):
         """At the end of the text: what never became a character."""
@@ -392,7 +401,7 @@ def main():
 
     streaming = config.num_samples == 1 and config.show_experts is None
     if config.num_samples == 1:
-        sys.stdout.write(start)
+        print(start, end="")
     texts, speed = writer.write(ids, show if streaming else None)
     if streaming:
         print(pieces.rest())
@@ -401,7 +410,8 @@ def main():
     else:
         for i, row in enumerate(texts, start=1):
             print(f"--- {i}\n{start}{writer.tokenizer.decode(row)}")
-    print(speed.report(), file=sys.stderr)
+    if sys.stderr:
+        print(speed.report(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ pictures, the loop. [R] is ZAYA1's report, arXiv 2605.05365.
 
 import ctypes
 import fcntl
+import hashlib
 import inspect
 import json
 import math
@@ -40,8 +41,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, forward_flops, literal, load_safetensors, newest_first, parse_flags, pyplot, read_json,
-    save_safetensors, stop_in_one_line, watts,
+    find_checkpoint, first_whole, forward_flops, literal, load_safetensors, newest_first, parse_flags, pyplot,
+    read_json, save_safetensors, stop_in_one_line, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -737,7 +738,9 @@ class Saver:
             self.tokenizer.save(new)
             save_safetensors(new / "trainer.safetensors", state)
             files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
-            (new / "trainer.json").write_text(json.dumps({**record, "step": step, "files": files}, indent=2) + "\n")
+            record = {**record, "step": step, "files": files}
+            record["sha256"] = record_sha256(record)
+            (new / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
             replace_folder(new, final)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -767,9 +770,18 @@ def free_memory():
     return 1024 * int(found[1]) if found else 0
 
 
+def record_sha256(record):
+    """Of what trainer.json holds beside this number itself."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
 def check(checkpoint):
     """Raises ValueError or OSError, naming the file, unless every file of a checkpoint is as it was written."""
-    for name, (size, digest) in read_json(checkpoint / "trainer.json").get("files", {}).items():
+    record = read_json(checkpoint / "trainer.json")
+    if record.get("sha256", record_sha256(record)) != record_sha256(record):  # older ones have none
+        raise ValueError(f"{checkpoint / 'trainer.json'} is damaged: another SHA-256 than when it was written")
+    for name, (size, digest) in record.get("files", {}).items():
         path = checkpoint / name
         if path.stat().st_size != size or sha256(path) != digest:
             raise ValueError(f"{path} is damaged: another size or SHA-256 than when it was written")
@@ -793,16 +805,15 @@ def mark_best(checkpoint):
 
 
 def whole_lines(out):
-    """Yield the object of each line of out/log.jsonl, and where the line ends; from one that the power cut short on,
-    nothing."""
+    """Yield the object of each line of out/log.jsonl, and where the line ends; nothing for one that is damaged or that
+    the power cut short."""
     path, end = out / "log.jsonl", 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            entry, end = json.loads(line), end + len(line)
-        except ValueError:
-            return
-        if line.endswith(b"\n"):
-            yield entry, end
+        end += len(line)
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "step" in entry and line.endswith(b"\n"):
+                yield entry, end
 
 
 def read_log(out):
@@ -1106,16 +1117,8 @@ def settle(config, model, ranks):
 def checkpoint_to_resume(out, ranks):
     """A run's newest undamaged checkpoint, or else its best; None where there is none yet. Raises ValueError if all are
     damaged."""
-    damage, candidates = None, newest_first(out)
-    for checkpoint, after in zip_longest(candidates, candidates[1:]):
-        try:
-            check(checkpoint)
-            return checkpoint
-        except (ValueError, OSError, TypeError, AttributeError) as error:
-            damage = damage or error
-            after and ranks.first and print(f"{error}; trying {after}", file=sys.stderr)
-    if damage:
-        raise ValueError(f"no checkpoint of {out} is whole; the newest: {damage}")
+    if candidates := newest_first(out):
+        return first_whole(candidates, check, say=ranks.first)
     ranks.first and print(f"{out} has no whole checkpoint yet: starting at step 0")
 
 

@@ -33,6 +33,7 @@ import os
 import re
 import struct
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache, wraps
@@ -1735,8 +1736,8 @@ def config_from_json(values):
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
-        if "partial_rotary_factor" in rope and layer_type in (values.get("layer_types") or ["hybrid"]):
-            factor = rope["partial_rotary_factor"]
+        if rope and layer_type in (values.get("layer_types") or ["hybrid"]):
+            factor = rope.get("partial_rotary_factor", 1.0)  # as in transformers, where an entry does not say
             if known.setdefault("partial_rotary_factor", factor) != factor:
                 raise ValueError("config.json has two partial_rotary_factors; only one for all layers is known here")
     for field in fields(ZayaConfig):
@@ -1843,15 +1844,36 @@ def newest_first(run):
     return checkpoints_in(run)[::-1] + [best for best in [Path(run) / "best"] if best.is_dir()]
 
 
+def first_whole(checkpoints, check, say=True):
+    """The first of several checkpoints that check (which raises an error or does not) lets pass; with say those before
+    it are named. Raises ValueError if there is none."""
+    damage = None
+    for checkpoint, after in zip(checkpoints, [*checkpoints[1:], None]):
+        try:
+            check(checkpoint)
+            return checkpoint
+        except (ValueError, OSError, TypeError, AttributeError) as error:
+            damage = damage or error
+            after and say and say_once(f"{error}; trying {after}")
+    raise ValueError(f"no checkpoint of {checkpoints[0].parent} is whole; the newest: {damage}")
+
+
 def find_checkpoint(path):
-    """The checkpoint at path: path itself, or newest_first's first of a run directory. Raises FileNotFoundError."""
+    """The checkpoint at path: path itself, or a run directory's newest whole one, by the sizes of its files. Raises
+    FileNotFoundError, or ValueError if none is whole."""
     path = Path(path).expanduser()
     if (path / "config.json").exists():
         return path
     checkpoints = newest_first(path)
     if not checkpoints:
         raise FileNotFoundError(f"{path} holds no checkpoint" if path.exists() else f"{path} does not exist")
-    return checkpoints[0]
+
+    def check(checkpoint):
+        read_config(checkpoint)
+        for file in weight_files(checkpoint):
+            safetensors_header(file)
+
+    return first_whole(checkpoints, check)
 
 
 def weight_files(checkpoint):
@@ -1976,7 +1998,9 @@ def parse_flags(description, *classes):
                 return int(text) if text.isdecimal() else int(float(text)) if float(text).is_integer() else fail(text)
             if float in kinds:
                 return float(text)
-            return text if str in kinds else text.split(",")  # one word of a list; there may be more of them
+            if str in kinds or Path(text).exists():  # a file's name may have commas
+                return text if str in kinds else [text]
+            return text.split(",")  # one word of a list; there may be more of them
 
         def fail(text):
             raise ValueError(text)
@@ -2017,7 +2041,7 @@ def stop_in_one_line():
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("allocate|overflow", str(error)):
             raise  # a bug; too little memory, on whatever device, is none
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}", file=sys.stderr)
         sys.exit(2)
@@ -2077,6 +2101,7 @@ def positions_seen(config, context, mean=False):
 def pyplot():
     """matplotlib.pyplot, imported where it is needed, drawing to files."""
     os.environ["MPLBACKEND"] = "Agg"  # and not a notebook's
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it then draws a box
     import matplotlib.pyplot as plt
 
     return plt
@@ -2102,7 +2127,7 @@ def cost_table():
     flags = TableConfig(**parse_flags(cost_table.__doc__, TableConfig))
     if flags.preset is not None and flags.preset not in PRESETS:
         raise ValueError(f"--preset {flags.preset} is none of {', '.join(PRESETS)}")
-    if min(flags.context, flags.gpu_hour, flags.peak_tflops, flags.mfu) <= 0:
+    if not all(0 < x < math.inf for x in (flags.context, flags.gpu_hour, flags.peak_tflops, flags.mfu)):
         raise ValueError("--context, --gpu_hour, --peak_tflops and --mfu must be positive")
     configs = {name: config for name, config in PRESETS.items() if flags.preset in (None, name)}
     if flags.checkpoint is not None:

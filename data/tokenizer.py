@@ -247,7 +247,10 @@ def from_json(spec, folder):
         return None
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        name = json.loads(config.read_text("utf-8")).get("name", name)
+        try:
+            name = json.loads(config.read_text("utf-8")).get("name", name)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config} is damaged: {error}") from None
     return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 

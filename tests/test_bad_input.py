@@ -126,10 +126,17 @@ def spoil_a_number(file):
     save_safetensors(file, tensors)
 
 
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[data.index(b'"tokens": ') + 10] ^= 1  # of a digit: still a number
+    file.write_bytes(data)
+
+
 DAMAGED_RUN = {
     "weights cut short": (cut_in_half, "model.safetensors"),
     "moments cut short": (cut_in_half, "trainer.safetensors"),
     "the step cut short": (cut_in_half, "trainer.json"),
+    "another number of tokens": (flip_a_bit, "trainer.json"),
     "the shape cut short": (cut_in_half, "config.json"),
     "weights that are no numbers": (spoil_a_number, "model.safetensors"),
 }
@@ -202,6 +209,28 @@ def test_sample_names_a_text_that_is_none(finished, call, tmp_path):
     assert_refused(call(sample, *both, empty), "--text is too short")
 
 
+def test_sample_takes_the_newest_whole_checkpoint(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    cut_in_half(out / "step-0000006" / "model.safetensors")
+    done = call(sample, "--checkpoint", out, "--max_new_tokens", 2)
+    assert done.status == 0 and "step-0000006/model.safetensors is damaged" in done.lines[0]
+    assert f"trying {out}/step-0000004" in done.lines[0]
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, lambda file: file.write_text("[]")], ids=["cut", "a list"])
+def test_sample_names_a_tokenizer_that_is_damaged(damage, finished, call, tmp_path):
+    checkpoint = shutil.copytree(finished.out / "best", tmp_path / "best")
+    damage(checkpoint / "tokenizer_config.json")
+    assert_refused(call(sample, "--checkpoint", checkpoint), checkpoint / "tokenizer_config.json")
+
+
+def test_streams_that_are_closed(finished, call, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert_refused(call(sample, "--checkpoint", finished.out, "--prompt", "-"), "standard input is closed")
+    monkeypatch.setattr("sys.stderr", None)
+    assert "tokens/s" not in call(sample, "--checkpoint", finished.out, "--max_new_tokens", 2).stdout
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tmp_path):
     checkpoint = shutil.copytree(finished.out / "best", tmp_path / "best")
@@ -217,6 +246,7 @@ def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tm
         ({"preset": "giant"}, "giant"),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"mfu": 0}, "--mfu"),
+        ({"mfu": "nan"}, "--mfu"),
         ({"context": "long"}, "long"),
     ],
     ids=str,

@@ -910,6 +910,12 @@ def test_rope_counts_where_transformers_reads_it(checkpoint):
     ropes["hybrid_sliding"]["partial_rotary_factor"] = 1.0
     rewrite(path / "config.json", rope_theta=3.0, partial_rotary_factor=0.25, rope_parameters=ropes)
     assert zaya.read_config(path) == before
+    for rope in ropes.values():
+        del rope["partial_rotary_factor"]
+    rewrite(path / "config.json", rope_parameters=ropes)
+    assert zaya.read_config(path).partial_rotary_factor == 1.0  # transformers' default there
+    ropes["hybrid"]["partial_rotary_factor"] = 0.5
+    rewrite(path / "config.json", rope_parameters=ropes)
     rewrite(path / "config.json", num_hidden_layers=2, layer_types=["hybrid_sliding", "hybrid"], sliding_window=4)
     with pytest.raises(ValueError, match="two partial_rotary_factors"):
         zaya.read_config(path)

@@ -113,6 +113,11 @@ def test_half_a_character_at_the_end_is_shown_at_last():
     assert [pieces.add(token) for token in b"\xe2\x80b"] == ["", "", "\ufffdb"]
 
 
+def test_a_long_text_is_not_decoded_again_for_each_token():
+    pieces = sample.Pieces(load_tokenizer("bytes"))
+    assert "".join(pieces.add(token) for token in "naïve ".encode() * 20) == "naïve " * 20 and len(pieces.ids) == 1
+
+
 def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
     eot = load_tokenizer(finished.out / "step-0000006").eot
     tokens = [ord("o"), ord("k"), eot]

@@ -581,15 +581,15 @@ def test_a_log_with_gaps(tmp_path, capsys):
 
 
 def test_plot_prints_mean_and_spread_and_draws(finished, tiny, call, tmp_path):
-    """Two seeds of one run, and a dense one."""
-    moe_1, moe_2, dense = shutil.copytree(finished.out, tmp_path / "moe-1"), tmp_path / "moe-2", tmp_path / "dense"
+    """Two seeds of one run, and a dense one, whatever its name is."""
+    moe_1, moe_2, dense = shutil.copytree(finished.out, tmp_path / "moe-1"), tmp_path / "moe-2", tmp_path / "$密,集"
     for out, change in ((moe_2, {"seed": 2}), (dense, {"mlp": "dense"})):
         assert call(train, *flags(**tiny, **change, keep=9, out=out)).status == 0
     done = call(train, "--plot", moe_1, dense, moe_2, "--out", tmp_path)
-    assert done.status == 0 and (tmp_path / "compare.png").stat().st_size > 20_000
+    assert done.status == 0 and done.stderr == "" and (tmp_path / "compare.png").stat().st_size > 20_000
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     rows = {row[0]: dict(zip(table[0], row)) for row in table[2:]}
-    assert rows.keys() == {"moe", "dense"} and rows["moe"]["seeds"] == "2" and rows["dense"]["load entropy"] == ""
+    assert rows.keys() == {"moe", "$密,集"} and rows["moe"]["seeds"] == "2" and rows["$密,集"]["load entropy"] == ""
     losses = [log_of(run)[-1]["val_loss"] for run in (moe_1, moe_2)]
     assert rows["moe"]["validation loss"] == f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
     assert rows["moe"]["active"] == f"{Zaya.from_pretrained(finished.out).parameter_counts()[1]:,}"
@@ -717,11 +717,12 @@ def test_log_lines_after_the_checkpoint_are_dropped(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     shutil.rmtree(out / "step-0000006")  # the power went between step 5 and the checkpoint of step 6,
     (out / ".step-0000006.partial").mkdir()  # while that was being written
-    with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 7, "loss": 1')
+    first, *rest = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join([first, "damaged\n", "[1]\n", *rest, '{"step": 7, "loss": 1']))
     done = call(train, "--out", out, "--resume")
     assert done.status == 0
-    assert [entry["step"] for entry in log_of(out)] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in train.read_log(out)] == [1, 2, 3, 4, 5, 6]
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text().replace("damaged\n[1]\n", ""))
     assert_same_run(out, finished.out)
 
 
