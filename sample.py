@@ -215,18 +215,18 @@ class Pieces:
     """A growing text, piece by piece: whole characters only, as soon as their last byte is there."""
 
     def __init__(self, tokenizer):
-        # The last tokens, and how many characters of theirs are shown. To decode a long text whole for each token would
-        # take longer than the token.
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+        # The tokens of the last piece and of what is open, how many the first are, and how many characters are shown.
+        # (To decode a long text whole for each token would take longer than the token.)
+        self.tokenizer, self.ids, self.before, self.shown = tokenizer, [], 0, 0
 
     def add(self, token):
         """What a token completes."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         piece = self.beyond(text.rstrip("\ufffd"))
-        if text and text[-1] != "\ufffd":  # no character is open. One token stays: some write a text's first otherwise
-            self.ids = [token]
-            self.shown = len(self.tokenizer.decode(self.ids))
+        if text and text[-1] != "\ufffd":  # no character is open
+            self.ids = self.ids[self.before :]
+            self.before, self.shown = len(self.ids), len(self.tokenizer.decode(self.ids))
         return piece
 
     def rest(self):

@@ -115,7 +115,21 @@ def test_half_a_character_at_the_end_is_shown_at_last():
 
 def test_a_long_text_is_not_decoded_again_for_each_token():
     pieces = sample.Pieces(load_tokenizer("bytes"))
-    assert "".join(pieces.add(token) for token in "naïve ".encode() * 20) == "naïve " * 20 and len(pieces.ids) == 1
+    shown = [(pieces.add(token), len(pieces.ids)) for token in "naïve 日本".encode() * 20]
+    assert "".join(piece for piece, _ in shown) == "naïve 日本" * 20 and max(count for _, count in shown) == 5
+
+
+def test_bytes_that_only_count_together():
+    """As byte fallback has it: where one byte of several is missing or too many, none of them is a character."""
+
+    def decode(ids):
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(ids)
+
+    pieces = sample.Pieces(SimpleNamespace(decode=decode))
+    assert "".join(pieces.add(token) for token in "naïve 日本".encode()) == "naïve 日本"
 
 
 def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
