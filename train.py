@@ -779,7 +779,8 @@ def record_sha256(record):
 def check(checkpoint):
     """Raises ValueError or OSError, naming the file, unless every file of a checkpoint is as it was written."""
     record = read_json(checkpoint / "trainer.json")
-    if record.get("sha256", record_sha256(record)) != record_sha256(record):  # older ones have none
+    found = record_sha256(record)
+    if record.get("sha256", found) != found:  # older ones have none
         raise ValueError(f"{checkpoint / 'trainer.json'} is damaged: another SHA-256 than when it was written")
     for name, (size, digest) in record.get("files", {}).items():
         path = checkpoint / name

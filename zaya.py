@@ -420,8 +420,8 @@ def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing_biases):
 def choose(probabilities, balancing_biases):
     """The class of each token: (N, E + 1) -> its probability (N), its number (N), tokens a class (E + 1).
 
-    The bias steers the choice and nothing else: the output is weighted by the unbiased probability, not renormalised
-    without skip's, and through that one number alone the gradient reaches the router.
+    The bias steers the choice and nothing else: the output is weighted by the unbiased probability, one of E + 1 that
+    add up to 1, and through that one number alone the gradient reaches the router.
     """
     choice = (probabilities.detach() + balancing_biases).argmax(dim=-1)
     return probabilities.gather(-1, choice[:, None]).squeeze(-1), choice, tally(choice, len(balancing_biases))
@@ -1998,9 +1998,10 @@ def parse_flags(description, *classes):
                 return int(text) if text.isdecimal() else int(float(text)) if float(text).is_integer() else fail(text)
             if float in kinds:
                 return float(text)
-            if str in kinds or Path(text).exists():  # a file's name may have commas
-                return text if str in kinds else [text]
-            return text.split(",")  # one word of a list; there may be more of them
+            if str in kinds:
+                return text
+            # One word of a list, or several with commas between, which a file's name may have, too
+            return [text] if Path(text).exists() else text.split(",")
 
         def fail(text):
             raise ValueError(text)
