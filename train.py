@@ -1451,8 +1451,8 @@ def farewell(model, tokenizer, config, step):
     torch.manual_seed(config.seed)
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
-    prompt = "import " if config.data == "stdlib" else "The "
-    more = f'; more text: python sample.py --checkpoint {quote(config.out)} --prompt "{prompt}"' if config.keep else ""
+    prompt = ' --prompt "import "' if config.data == "stdlib" else ""
+    more = f"; more text: python sample.py --checkpoint {quote(config.out)}{prompt}" if config.keep else ""
     pictures = "loss.png and experts.png" if model.routers else "loss.png"
     print(f"pictures: {pictures} in {config.out}{more}")
 

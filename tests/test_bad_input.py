@@ -38,6 +38,7 @@ def assert_refused(done, *named):
         "a rate that fp32 does not hold": ({"lr": 1e300}, "--lr"),
         "a batch that no machine holds": ({"batch_size": 1e30}, "--batch_size"),
         "a width that no machine holds": ({"hidden_size": 1e30}, "hidden_size"),
+        "layers that nobody can build": ({"num_hidden_layers": 2e9}, "num_hidden_layers"),
         "an infinite base": ({"rope_theta": "inf"}, "rope_theta"),
         "no clipping": ({"grad_clip": 0}, "--grad_clip"),
         "a negative seed": ({"seed": -1}, "--seed"),
