@@ -167,10 +167,10 @@ def let_the_next_start(EARLY: tl.constexpr):
 
 @triton.jit
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
-    """Until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
-    early_start() calls this before it writes, and before it reads anything but weights and what was there before the
-    step's first such kernel, or before torch's last one: old tokens' parts of the cache, end, cos, sin. (few_kernel
-    knows of two things more.)"""
+    """Wait until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
+    early_start() calls this before it writes anything, and before it reads what this decoding step has made. It may
+    read before: weights, and what was there when the step's first such kernel started, or when torch's last kernel had
+    ended (old tokens' parts of the cache, end, cos, sin). few_kernel knows of two things more."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from shlex import quote
 
@@ -104,12 +104,15 @@ class TrainConfig:
 
 
 # What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: nano's was
-# measured, zaya1-8b's is phase 1 of [R] (16.8M tokens a step, 8 trillion in all), the others lie between by width.
+# measured, zaya1-8b's is phase 1 of [R] (16.8M tokens a step, 8 trillion in all), the others' lie between, by width.
 RECIPES = {
     "mini": dict(steps=4000, batch_size=256, lr=4e-3, warmup=100, eval_every=500),  # 1 billion tokens
     "small": dict(steps=5700, batch_size=128, lr=1.6e-3, warmup=200, eval_every=500),  # 3 billion
     "medium": dict(steps=9500, batch_size=256, lr=6e-4, warmup=500, eval_every=500),  # 10 billion
-    "zaya1-8b": dict(steps=480_000, batch_size=4096, lr=6e-4, final_lr=1 / 3, warmup=2000, eval_every=1000),
+    "zaya1-8b": dict(
+        steps=480_000, batch_size=4096, lr=6e-4, final_lr=1 / 3, warmup=2000, eval_every=1000, block_size=4096,
+        rope_theta=1e4,
+    ),
 }
 
 
@@ -545,9 +548,6 @@ class Muon:
     def state(self):
         return {f"muon.{name}": buffer for name, buffer in self.collect(self.buffer).items()}
 
-    def state_shapes(self):
-        return {f"muon.{name}": p.shape for name, p in self.parameters.items()}
-
     def load_state(self, tensors):
         for name, buffer in self.buffer.items():
             buffer.copy_(tensors[f"muon.{name}"])
@@ -596,9 +596,6 @@ class AdamW:
     def state(self):
         vectors = {f"{self.prefix}.{name}": self.whole(getattr(self, name)) for name in ("mean", "square")}
         return vectors | {f"{self.prefix}.count": self.count}
-
-    def state_shapes(self):
-        return {f"{self.prefix}.mean": (self.size,), f"{self.prefix}.square": (self.size,), f"{self.prefix}.count": ()}
 
     def load_state(self, tensors):
         self.mean.copy_(self.cut([tensors[f"{self.prefix}.mean"]]))
@@ -653,11 +650,8 @@ class Optimizer:
         """{name: tensor}, the same for any number of ranks: on rank 0, with all ranks' help."""
         return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 
-    def load_state(self, tensors, source):
-        """Put back what state() gave. Raises ValueError if tensors are not the state of this model's optimizer."""
-        shapes = {name: shape for part in self.parts for name, shape in part.state_shapes().items()}
-        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError(f"{source} is not the optimizer's state for this model")
+    def load_state(self, tensors):
+        """Put back what state() gave."""
         for part in self.parts:
             part.load_state(tensors)
 
@@ -779,10 +773,9 @@ def record_sha256(record):
 def check(checkpoint):
     """Raises ValueError or OSError, naming the file, unless every file of a checkpoint is as it was written."""
     record = read_json(checkpoint / "trainer.json")
-    found = record_sha256(record)
-    if record.get("sha256", found) != found:  # older ones have none
+    if record.get("sha256") != record_sha256(record):
         raise ValueError(f"{checkpoint / 'trainer.json'} is damaged: another SHA-256 than when it was written")
-    for name, (size, digest) in record.get("files", {}).items():
+    for name, (size, digest) in record["files"].items():
         path = checkpoint / name
         if path.stat().st_size != size or sha256(path) != digest:
             raise ValueError(f"{path} is damaged: another size or SHA-256 than when it was written")
@@ -876,8 +869,6 @@ class Trials:
         self.name = os.path.commonprefix([run.resolve().name for run in runs]).rstrip("-_.") or runs[0].resolve().name
         logs, flags = [read_log(run) for run in runs], read_json(runs[0] / "args.json")
         self.runs, self.active = len(runs), flags.get("active_parameters")
-        for entry in chain(*logs):  # older logs have no number of tokens
-            entry.setdefault("tokens", entry["step"] * flags["batch_size"] * flags["block_size"])
         common = set.intersection(*({e["step"] for e in log} for log in logs))
         # A row a step, a run a column.
         self.rows = list(zip(*([e for e in log if e["step"] in common] for log in logs)))
@@ -1081,7 +1072,8 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
     elif config.eval_only and not config.init_from:
         raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
-        model, record = new_model(config, given, meta, eot), {"step": 0, "best": None, "skipped": 0}
+        model = new_model(config, given, meta, eot)
+        record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
     source = checkpoint or (config.init_from and find_checkpoint(config.init_from))
     if source and (source / "tokenizer.json").is_file():
         refuse_other_tokens(folder, source)
@@ -1091,14 +1083,12 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
 
 
 def count_data(record, halves, config, ranks):
-    """Let the record say how much data there is and how much of it the run has seen; print if there was other data."""
+    """Let the record say how much data there is; print if there was other data."""
     sizes = [len(texts.train.ids) for texts in halves]
     for flag, size, before in zip(("--data", "--later_data"), sizes, record.get("train_tokens", sizes)):
         if size != before and ranks.first and not config.eval_only:
             print(f"{flag} has other training tokens than at step {record['step']}: they come in an order of their own")
     record["train_tokens"] = sizes
-    record.setdefault("sequences", record["step"] * config.batch_size)
-    record.setdefault("tokens", record["sequences"] * config.block_size)
 
 
 def settle(config, model, ranks):
@@ -1206,7 +1196,8 @@ def main():
         runs = [Path(run).expanduser() for run in given["plot"]]
         return compare(runs, Path(given.get("out", TrainConfig.out)).expanduser())
     given, resuming = resolve_flags(given)
-    given = RECIPES.get(given.get("preset"), {}) | given
+    recipe = RECIPES.get(given.get("preset"), {})
+    given = (flags_of(TrainConfig, recipe) if given.get("init_from") else recipe) | given
     config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
     ranks = Ranks(config.device)
@@ -1232,7 +1223,7 @@ def main():
         recompute(model)
     optimizer = Optimizer(model, config, getattr(torch, config.dtype), ranks)
     if checkpoint:
-        optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"), checkpoint / "trainer.safetensors")
+        optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"))
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     routers, parameters = model.routers, list(model.parameters())
 
@@ -1302,7 +1293,7 @@ def main():
             entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
             entry |= {name: record[name] for name in ("tokens", "skipped")}
             if counts is not None:
-                entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits: the optimizer is timed, too
+                entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits for the GPU, so `seconds` has all
                 if step % load_every == 0 or config.log_every > 1:
                     entry["load"] = counts[:, :-1].tolist()
             seconds = time.perf_counter() - started
@@ -1379,16 +1370,13 @@ class Unheard:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return len(text)
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
 
     def flush(self):
-        try:
+        with suppress(OSError):
             self.stream.flush()
-        except OSError:
-            pass
 
 
 def report(bar, entry):

@@ -19,9 +19,9 @@ Shapes, one letter each:
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past tokens: how many before the current one CCA's two convolutions see
 
-linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Of parts among
-which the configuration chooses, ZAYA1's are CCA, Router, MixtureOfExperts and ResidualScaling; the others, which it is
-compared with, stand after the model, too.
+linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
+configuration offers a choice, CCA, Router, MixtureOfExperts and ResidualScaling are ZAYA1's own; the alternatives, for
+comparison, stand after the model, too.
 """
 
 import argparse
@@ -51,6 +51,7 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
     if error.name != "triton":
         raise
     triton_kernels = None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -237,8 +238,8 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     H = C // h
     Hq = H - Hk
     qk, v_current, v_delayed = qkv.split([C, Hk * h - late, late], dim=-1)
-    # Zeros stand before the text once, not before each convolution: so at position -1 the second one sees the first
-    # one's bias, not 0.
+    # The text is padded once, before both convolutions, not before each: so at position -1 the second one sees what the
+    # first makes of zeros, its bias, and not 0.
     mixed = torch.cat([past, qk], dim=1)
     mixed = depthwise_conv(mixed, *depthwise)
     mixed = grouped_conv(mixed, *grouped, H)
@@ -345,7 +346,7 @@ class Attention(nn.Module):
 
     def weighted_values(self, q, k, v, cache):
         """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
-        if cache is not None and k is not None:  # or cca_step has put them there
+        if cache is not None and k is not None:  # None: cca_step has put this token into the cache already
             k, v = cache.append(k, v)
         if decodes(q, cache):
             return attend_past(q, cache.k, cache.v, cache.end, self.window)
@@ -443,8 +444,8 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Top-1 routing without a capacity limit (others cap the tokens that an expert may get, and drop the rest): every
-    token is served. With the kernels no shape depends on the routing."""
+    """Top-1 routing without a capacity factor (others cap the tokens that an expert may get, and drop the rest): every
+    token is served. With the kernels no shape depends on the routing, so a GPU need not wait for the host."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -461,14 +462,15 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
+        # The last two lines are all of it: dispatch, experts, combine. The branches before them do the same, faster.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
-        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():  # dispatch, experts and combine in one
+        if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
             return experts_of_few(x, probability, choice, gate_up, down)
-        # A skipped token goes to the last expert, whose result is then multiplied by 0 ([T]; [Z] adds its share of x).
+        # A skipped token goes to the last expert, whose result is then multiplied by 0 ([T]; [Z] adds probability * x).
         probability = probability.masked_fill(choice == self.num_experts, 0.0)
         choice = choice.clamp_max(self.num_experts - 1)
-        if x.device.type == "cpu" and not on_kernels(x):  # the three in fewer passes over memory
+        if x.device.type == "cpu" and not on_kernels(x):
             return experts_on_cpu(x, probability, choice, gate_up, down)
         x, place, offsets = dispatch(x, choice, self.num_experts)
         return combine(experts(x, gate_up, down, offsets), place, probability)
@@ -607,7 +609,7 @@ class Zaya(nn.Module):
 
     def hidden_states(self, tokens, cache=None):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
-        use_kernels(self.kernels)
+        use_kernels(self.kernels)  # which is global, for the functions marked @has_kernel know no model
         config, T = self.config, tokens.shape[1]
         rotary = cache.advance(T) if cache else self.rotary(torch.arange(T, device=tokens.device))
         stream = self.embed_tokens(tokens).float()
@@ -797,8 +799,8 @@ class Zaya(nn.Module):
 
 class LayerCache:
     """What one layer remembers of the past: all keys and values; and the last rows of qkv, for CCA's convolutions and
-    value shift. Position t's is row t % size of `recent`, which has one row more than cca looks at, so that one step
-    can be taken back."""
+    value shift. Position t's is row t % size of `recent`, which has one row more than cca looks at, for captured()
+    tries a step and takes it back."""
 
     def __init__(self, config, k, v, recent, end):
         self.k, self.v, self.recent, self.length, self.end = k, v, recent, 0, end
@@ -952,230 +954,6 @@ def experts_of_few(x, probability, choice, gate_up, down):
             gate, up = product(x[row], gate_up[expert]).chunk(2, dim=1)
             out[row] = product(F.silu(gate) * up, down[expert]) * probability[n]
     return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text. Each call of PyTorch costs microseconds there,
-# whatever it does, so a layer makes do with some fifty. Skip this section on a first reading.
-
-
-class Decoder:
-    """Takes over from a cache that has read the prompt."""
-
-    @staticmethod
-    def suits(model):
-        on_cpu_in_fp32 = (model.head.device.type, model.head.dtype) == ("cpu", torch.float32)
-        return on_cpu_in_fp32 and model.kernels != "triton" and model.config.is_zaya1
-
-    def __init__(self, model, cache):
-        config, h = model.config, model.config.head_dim
-        self.cache, half = cache, config.rotary_dim // 2
-        self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
-        self.bias = model.input_hidden_states_bias * self.scale
-        self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
-        for layer_type, (cos, sin) in cache.rotary.items():
-            cos, sin, rest = cos[:, 0], sin[:, 0], cos.new_zeros(cache.max_len, h - 2 * half)
-            self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
-        norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
-        self.first_norm, *norms = norms
-        parts = zip(model.layers, cache.layers, norms, config.layer_types)
-        self.layers = [DecoderLayer(config, *part) for part in parts]
-
-    @torch.inference_mode()
-    def step(self, tokens):
-        """tokens (B) -> what the LM head sees (B, D)."""
-        position = self.cache.length
-        self.cache.length += 1
-        stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
-        normed, state = self.first_norm(stream), None
-        turns = {name: (cos[position], sin[position]) for name, (cos, sin) in self.rotary.items()}
-        for layer in self.layers:
-            out = layer.attention(normed, *turns[layer.layer_type], position)
-            stream, normed = layer.merge(stream, out, *layer.after_attention)
-            out, state = layer.experts(normed, state)
-            stream, normed = layer.merge(stream, out, *layer.after_experts)
-        return normed
-
-
-class PreparedProduct:
-    """x (B, in) times a weight (out, in), as fast as that comes from memory.
-
-    One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
-    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
-    numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
-    """
-
-    def __init__(self, weight):
-        self.weight, (self.out, self.size) = weight, weight.shape
-        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
-        self.in_pieces = weight.view(self.pieces, -1, self.size)
-        self.by_onednn = ONEDNN and weight.numel() >= 2**17
-
-    def __call__(self, x):
-        if self.pieces > 1 and len(x) == 1:
-            column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
-            return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
-
-
-@has_kernel
-def product(x, weight):
-    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
-    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
-
-
-class DecoderNorm:
-    """RMSNorm of (B, D) in five calls, none with a Python number: each of those costs a copy of its own."""
-
-    def __init__(self, norm):
-        size = len(norm.weight)
-        self.weight, self.eps = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps)
-
-    def __call__(self, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(self.eps, length, length).rsqrt_()).mul_(self.weight)
-
-
-class DecoderLayer:
-    """A Block with all that does not depend on the token computed beforehand.
-
-    cca's two convolutions are one here, of P + 1 taps: the first scales channel i by w[i, a], the second mixes by
-    W[b, i, o], tap a + b by their product; and qk_mean a product with a fixed H x H matrix. GELU(x), which is
-    x / 2 (1 + erf(x / sqrt 2)), is (u + u erf u) / sqrt 2 with u = x / sqrt 2: the roots are in the weights around it.
-    """
-
-    def __init__(self, config, block, cache, next_norm, layer_type):
-        self.layer_type = layer_type
-        attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
-        self.window, part = attention.window, attention.qkv_proj
-        self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
-        past, v_before = cache.past(Newest(torch.tensor([cache.length]), cache.recent.shape[1]).rows_before)
-        self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
-        self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
-        self.project = PreparedProduct(part.projection(cache))
-        self.o_proj = PreparedProduct(attention.o_proj.weight)
-        w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
-        W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
-        filters = w.new_zeros(H, taps, h, h)
-        for a in range(w.shape[3]):
-            for b in range(W.shape[3]):
-                filters[:, a + b] += w[..., a] * W[..., b]
-        self.filters = filters.view(H, taps * h, h)
-        bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
-        self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
-        mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
-        self.mean_of_heads = mean.mT.expand(B, H, H)
-        # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
-        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
-        self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
-        half = config.rotary_dim // 2
-        self.parts, self.turning = (H * h, self.Hk * h - cache.late, cache.late), (half, half, h - 2 * half)
-        norm = DecoderNorm(block.post_attention_layernorm)
-        self.after_attention = self.merging(block.post_attention_residual_scale, norm)
-        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
-        mlp, root = gate.router_mlp, math.sqrt(0.5)
-        self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
-        self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
-        self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
-        self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
-        self.classes = mlp["out_proj"].weight.t() * root
-        self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
-        self.down = [PreparedProduct(weight) for weight in experts.down_proj]
-
-    @staticmethod
-    def merging(scale, norm):
-        bias = scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale
-        return bias, scale.residual_scale, scale.hidden_states_scale, norm
-
-    @staticmethod
-    def merge(stream, out, bias, s_r, s_o, norm):
-        stream = torch.addcmul(torch.addcmul(bias, stream, s_r), out, s_o)
-        return stream, norm(stream)
-
-    def attention(self, normed, cos, sin, position):
-        """normed (B, D), cos and sin (h) -> (B, D)."""
-        B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
-        # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
-        qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
-        qk = qk.view(B, H, h)
-        mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
-        seen = torch.cat([self.past, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
-        self.past = seen.narrow(2, 1, seen.shape[2] - 1)
-        x = torch.baddbmm(mean.transpose(0, 1), seen.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
-        norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
-        x = x * (self.lengths / norm)
-        x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
-        q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
-        self.k.select(2, position).copy_(k)
-        self.v.select(2, position).copy_(torch.cat([v_current, self.v_delayed], dim=1).view(B, Hk, h))
-        self.v_delayed = v_delayed
-        first = max(0, position + 1 - (self.window or position + 1))
-        count = position + 1 - first
-        k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
-        if B > 1:
-            out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
-        else:
-            out = torch.bmm(torch.bmm(q.view(Hk, -1, h), k[0].mT).softmax(dim=-1), v[0])
-        return self.o_proj(out.reshape(B, -1))
-
-    def experts(self, normed, previous):
-        """normed (B, D), previous: the last layer's router state (B, R) or None -> (B, D), state."""
-        bias, weight = self.router_down
-        state = torch.addmm(bias, normed, weight)
-        state = state if previous is None else torch.addcmul(state, previous, self.gamma)
-        (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
-        u = torch.addmm(bias1, self.router_norm(state), weight1)
-        u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
-        probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
-        choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
-        if len(choices) == 1:
-            return self.expert(normed, choices[0], probabilities[0]), state
-        rows = zip(normed.split(1), choices, probabilities)
-        return torch.cat([self.expert(*row) for row in rows]), state
-
-    def expert(self, x, expert, probabilities):
-        """x (1, D) through its expert, times the probability of that."""
-        if expert == len(self.down):  # the skip class adds zero
-            return torch.zeros_like(x)
-        gate, up = self.gate_up[expert](x).chunk(2, dim=1)
-        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding one text by kernels: Zaya.hidden_states for its new token. A launch costs microseconds, so each merge is
-# computed inside the product that follows it. (For several texts these products would read the matrix once for each
-# text, where torch's read it once for all.) Skip this section on a first reading.
-
-
-def hidden_of_one(model, token, cache):
-    """token (1), cache of one text -> what the LM head sees (1, D), without a gradient."""
-    use_kernels(model.kernels)
-    rotary = cache.advance(1)
-    out, state = model.embed_tokens(token), None
-    stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
-    scaling = s_r, b_r, cache.nothing, cache.nothing  # the input affine is a merge that `out` has no part in
-    for block, layer_type, layer_cache in zip(model.layers, model.config.layer_types, cache.layers):
-        attention, gate = block.self_attn, block.mlp.gate
-        norm, projection = block.input_layernorm, attention.qkv_proj.projection(layer_cache)
-        stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
-        q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], layer_cache)
-        out = product(attention.weighted_values(q, k, v, layer_cache)[0], attention.o_proj.weight)
-        scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
-        down = gate.down_proj.weight, gate.down_proj.bias
-        stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
-        probability, choice, _, state = gate.think(r, state)
-        out, scaling = block.mlp.weighted_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
-    return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1].to(model.head.dtype)
-
-
-@has_kernel
-def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
-    """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
-    -> the new stream, normed, (B, M). Without a gradient."""
-    stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
-    return stream, normed, linear(normed, weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1425,7 +1203,7 @@ class Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        # Not in place: of what a Function has changed so and returns, PyTorch 2.11 compiles a gradient of zero.
+        # Not in place: of what a Function changes in place and returns, 2.11 compiles a gradient of zero.
         return x * inverse * weight
 
     @staticmethod
@@ -1596,6 +1374,7 @@ def say_once(message, said=set()):  # noqa: B006 the set is to live on
 # torch.compiler.assume_constant_result sets, but that imports the whole compiler: every start would take a second more.
 say_once._dynamo_marked_constant = on_hopper._dynamo_marked_constant = True
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which configurations there are, and which there can be
 
@@ -1673,6 +1452,231 @@ PRESETS = {
     "medium": replica(2048, 20, 128),  # one node
     "zaya1-8b": ZayaConfig(),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text. Each call of PyTorch costs microseconds there,
+# whatever it does, so a layer makes do with some fifty. Skip this section on a first reading.
+
+
+class Decoder:
+    """Takes over from a cache that has read the prompt."""
+
+    @staticmethod
+    def suits(model):
+        on_cpu_in_fp32 = (model.head.device.type, model.head.dtype) == ("cpu", torch.float32)
+        return on_cpu_in_fp32 and model.kernels != "triton" and model.config.is_zaya1
+
+    def __init__(self, model, cache):
+        config, h = model.config, model.config.head_dim
+        self.cache, half = cache, config.rotary_dim // 2
+        self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
+        self.bias = model.input_hidden_states_bias * self.scale
+        self.rotary = {}  # (max_len, h) each, cos 1 and sin 0 where nothing turns
+        for layer_type, (cos, sin) in cache.rotary.items():
+            cos, sin, rest = cos[:, 0], sin[:, 0], cos.new_zeros(cache.max_len, h - 2 * half)
+            self.rotary[layer_type] = torch.cat([cos, cos, rest + 1], dim=1), torch.cat([-sin, sin, rest], dim=1)
+        norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
+        self.first_norm, *norms = norms
+        parts = zip(model.layers, cache.layers, norms, config.layer_types)
+        self.layers = [DecoderLayer(config, *part) for part in parts]
+
+    @torch.inference_mode()
+    def step(self, tokens):
+        """tokens (B) -> what the LM head sees (B, D)."""
+        position = self.cache.length
+        self.cache.length += 1
+        stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
+        normed, state = self.first_norm(stream), None
+        turns = {name: (cos[position], sin[position]) for name, (cos, sin) in self.rotary.items()}
+        for layer in self.layers:
+            out = layer.attention(normed, *turns[layer.layer_type], position)
+            stream, normed = layer.merge(stream, out, *layer.after_attention)
+            out, state = layer.experts(normed, state)
+            stream, normed = layer.merge(stream, out, *layer.after_experts)
+        return normed
+
+
+class PreparedProduct:
+    """x (B, in) times a weight (out, in), as fast as that comes from memory.
+
+    One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
+    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
+    numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
+    """
+
+    def __init__(self, weight):
+        self.weight, (self.out, self.size) = weight, weight.shape
+        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
+        self.in_pieces = weight.view(self.pieces, -1, self.size)
+        self.by_onednn = ONEDNN and weight.numel() >= 2**17
+
+    def __call__(self, x):
+        if self.pieces > 1 and len(x) == 1:
+            column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
+            return torch.bmm(self.in_pieces, column).view(1, self.out)
+        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
+
+
+@has_kernel
+def product(x, weight):
+    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
+    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
+
+
+class DecoderNorm:
+    """RMSNorm of (B, D) in five calls, none with a Python number: each of those costs a copy of its own."""
+
+    def __init__(self, norm):
+        size = len(norm.weight)
+        self.weight, self.eps = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps)
+
+    def __call__(self, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self.eps, length, length).rsqrt_()).mul_(self.weight)
+
+
+class DecoderLayer:
+    """A Block with all that does not depend on the token computed beforehand.
+
+    cca's two convolutions are one here, of P + 1 taps: the first scales channel i by w[i, a], the second mixes by
+    W[b, i, o], tap a + b by their product; and qk_mean a product with a fixed H x H matrix. GELU(x), which is
+    x / 2 (1 + erf(x / sqrt 2)), is (u + u erf u) / sqrt 2 with u = x / sqrt 2: the roots are in the weights around it.
+    """
+
+    def __init__(self, config, block, cache, next_norm, layer_type):
+        self.layer_type = layer_type
+        attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
+        self.window, part = attention.window, attention.qkv_proj
+        self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
+        past, v_before = cache.past(Newest(torch.tensor([cache.length]), cache.recent.shape[1]).rows_before)
+        self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
+        self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
+        self.project = PreparedProduct(part.projection(cache))
+        self.o_proj = PreparedProduct(attention.o_proj.weight)
+        w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
+        W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
+        filters = w.new_zeros(H, taps, h, h)
+        for a in range(w.shape[3]):
+            for b in range(W.shape[3]):
+                filters[:, a + b] += w[..., a] * W[..., b]
+        self.filters = filters.view(H, taps * h, h)
+        bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
+        self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
+        mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
+        self.mean_of_heads = mean.mT.expand(B, H, H)
+        # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
+        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
+        self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
+        half = config.rotary_dim // 2
+        self.parts, self.turning = (H * h, self.Hk * h - cache.late, cache.late), (half, half, h - 2 * half)
+        norm = DecoderNorm(block.post_attention_layernorm)
+        self.after_attention = self.merging(block.post_attention_residual_scale, norm)
+        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
+        mlp, root = gate.router_mlp, math.sqrt(0.5)
+        self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
+        self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
+        self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
+        self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
+        self.classes = mlp["out_proj"].weight.t() * root
+        self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
+        self.down = [PreparedProduct(weight) for weight in experts.down_proj]
+
+    @staticmethod
+    def merging(scale, norm):
+        bias = scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale
+        return bias, scale.residual_scale, scale.hidden_states_scale, norm
+
+    @staticmethod
+    def merge(stream, out, bias, s_r, s_o, norm):
+        stream = torch.addcmul(torch.addcmul(bias, stream, s_r), out, s_o)
+        return stream, norm(stream)
+
+    def attention(self, normed, cos, sin, position):
+        """normed (B, D), cos and sin (h) -> (B, D)."""
+        B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
+        # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
+        qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
+        qk = qk.view(B, H, h)
+        mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
+        seen = torch.cat([self.past, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
+        self.past = seen.narrow(2, 1, seen.shape[2] - 1)
+        x = torch.baddbmm(mean.transpose(0, 1), seen.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
+        norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
+        x = x * (self.lengths / norm)
+        x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
+        q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
+        self.k.select(2, position).copy_(k)
+        self.v.select(2, position).copy_(torch.cat([v_current, self.v_delayed], dim=1).view(B, Hk, h))
+        self.v_delayed = v_delayed
+        first = max(0, position + 1 - (self.window or position + 1))
+        count = position + 1 - first
+        k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
+        if B > 1:
+            out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
+        else:
+            out = torch.bmm(torch.bmm(q.view(Hk, -1, h), k[0].mT).softmax(dim=-1), v[0])
+        return self.o_proj(out.reshape(B, -1))
+
+    def experts(self, normed, previous):
+        """normed (B, D), previous: the last layer's router state (B, R) or None -> (B, D), state."""
+        bias, weight = self.router_down
+        state = torch.addmm(bias, normed, weight)
+        state = state if previous is None else torch.addcmul(state, previous, self.gamma)
+        (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
+        u = torch.addmm(bias1, self.router_norm(state), weight1)
+        u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
+        probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
+        choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
+        if len(choices) == 1:
+            return self.expert(normed, choices[0], probabilities[0]), state
+        rows = zip(normed.split(1), choices, probabilities)
+        return torch.cat([self.expert(*row) for row in rows]), state
+
+    def expert(self, x, expert, probabilities):
+        """x (1, D) through its expert, times the probability of that."""
+        if expert == len(self.down):  # the skip class adds zero
+            return torch.zeros_like(x)
+        gate, up = self.gate_up[expert](x).chunk(2, dim=1)
+        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding one text by kernels: Zaya.hidden_states for its new token. A launch costs microseconds, so each merge is
+# computed inside the product that follows it. (For several texts these products would read the matrix once for each
+# text, where torch's read it once for all.) Skip this section on a first reading.
+
+
+def hidden_of_one(model, token, cache):
+    """token (1), cache of one text -> what the LM head sees (1, D), without a gradient."""
+    use_kernels(model.kernels)
+    rotary = cache.advance(1)
+    out, state = model.embed_tokens(token), None
+    stream, s_r, b_r = out.float(), model.input_hidden_states_scale, model.input_hidden_states_bias
+    scaling = s_r, b_r, cache.nothing, cache.nothing  # the input affine is a merge that `out` has no part in
+    for block, layer_type, layer_cache in zip(model.layers, model.config.layer_types, cache.layers):
+        attention, gate = block.self_attn, block.mlp.gate
+        norm, projection = block.input_layernorm, attention.qkv_proj.projection(layer_cache)
+        stream, _, qkv = merged_product(stream, out, *scaling, norm.weight, norm.eps, projection, None)
+        q, k, v = attention.qkv_proj.mix(qkv[None], attention.qk_norm.get("temp"), *rotary[layer_type], layer_cache)
+        out = product(attention.weighted_values(q, k, v, layer_cache)[0], attention.o_proj.weight)
+        scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
+        down = gate.down_proj.weight, gate.down_proj.bias
+        stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
+        probability, choice, _, state = gate.think(r, state)
+        out, scaling = block.mlp.weighted_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
+    return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1].to(model.head.dtype)
+
+
+@has_kernel
+def merged_product(stream, out, s_r, b_r, s_o, b_o, norm, eps, weight, bias):
+    """merge for a few tokens, (B, D), and the product of what that normalises with weight (M, D), plus bias (M) or None
+    -> the new stream, normed, (B, M). Without a gradient."""
+    stream, normed = merge(stream, out, s_r, b_r, s_o, b_o, norm, eps)
+    return stream, normed, linear(normed, weight, bias)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: config.json and safetensors, the formats of the official checkpoints
