@@ -66,11 +66,11 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "merge": ("", (8, 1), (8, 1), (4, 1)),
     "merge_backward": ("AHEAD", (1, 8, 1), (4, 8, 1), (1, 4, 1)),
     "cross_entropy": ("BV", (2048, 4, 1), (4096, 8, 1), (2048, 4, 1)),
-    "row": ("", (4, 1), (8, 1), (4, 1)),
+    "gemv": ("", (4, 1), (8, 1), (4, 1)),
     "cca_step": ("BK", (256, 8, 1), (256, 8, 1), (32, 4, 1)),
-    "one": ("BF BK", (4, 2048, 4, 1), (2, 2048, 4, 1), (4, 512, 4, 1)),
-    "few": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
-    "past": ("BS", (64, 4, 1), (32, 4, 2), (32, 4, 1)),
+    "expert_gemv_one": ("BF BK", (4, 2048, 4, 1), (2, 2048, 4, 1), (4, 512, 4, 1)),
+    "expert_gemv": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
+    "flash_decoding": ("BS", (64, 4, 1), (32, 4, 2), (32, 4, 1)),
 }
 # How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
 # CUs, and of an H200's 132 SMs; for others as many as for an MI300X. Of the experts' kernels an SM holds one.
@@ -96,7 +96,7 @@ def for_this_gpu(columns):
 
 
 @lru_cache
-def config(kernel, **most):
+def launch_config(kernel, **most):
     """The constants and launch options of a kernel on the GPU at hand; most: for some of them a bound, or None."""
     names, *columns = TABLE[kernel]
     values = zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns))
@@ -152,26 +152,26 @@ def operator(function):
     return call
 
 
-def early_start():
+def pdl():
     """For the kernels of decoding, which are so short that a launch counts: Hopper can start a kernel while the one
     before still runs, or waits itself (programmatic dependent launch)."""
-    return {"EARLY": True, "launch_pdl": True} if architecture() == "sm_90" else {"EARLY": False}
+    return {"PDL": True, "launch_pdl": True} if architecture() == "sm_90" else {"PDL": False}
 
 
 @triton.jit
-def let_the_next_start(EARLY: tl.constexpr):
+def let_the_next_start(PDL: tl.constexpr):
     """The kernel after this one may start as soon as all programs of this one have come here."""
-    if EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_the_kernel_before(EARLY: tl.constexpr):
+def wait_for_the_kernel_before(PDL: tl.constexpr):
     """Wait until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
-    early_start() calls this before it writes anything, and before it reads what this decoding step has made. It may
-    read before: weights, and what was there when the step's first such kernel started, or when torch's last kernel had
-    ended (old tokens' parts of the cache, end, cos, sin). few_kernel knows of two things more."""
-    if EARLY:
+    pdl() calls this before it writes anything, and before it reads what this decoding step has made. It may read
+    before: weights, and what was there when the step's first such kernel started, or when torch's last kernel had ended
+    (old tokens' parts of the cache, end, cos, sin). expert_gemv_kernel knows of two things more."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 
@@ -487,7 +487,7 @@ def is_wide(h, x):
 def cca_config(h, x):
     """Large heads, and all in fp32, need so many registers that the tokens of a program are fewer."""
     large = x.dtype == torch.float32 or h > 128
-    return config("cca_large" if large else "cca", num_stages=2 if is_wide(h, x) else None)
+    return launch_config("cca_large" if large else "cca", num_stages=2 if is_wide(h, x) else None)
 
 
 @operator
@@ -524,7 +524,7 @@ def cca_backward(
     launch(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c,
     )  # fmt: skip
-    c = config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
+    c = launch_config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (by_part.shape[0], TAPS * H, cdiv(h, c["BK"]))
@@ -804,7 +804,7 @@ def router_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and all probabilities
     (N, classes). Without keep these are empty, but for hidden, which the second kernel reads."""
-    (N, R), CLASSES, c = r.shape, len(W3), config("router")
+    (N, R), CLASSES, c = r.shape, len(W3), launch_config("router")
     shape, grid = dict(R=R, BR=block(R)) | c, (cdiv(N, c["BT"]),)
     probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
     choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(CLASSES, dtype=torch.int32)
@@ -833,15 +833,15 @@ def router_backward(
     (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
     grad_first, grad_second, grad_logits = torch.empty_like(first), torch.empty_like(first), first.new_empty(N, width)
-    c = config("router_backward")
+    c = launch_config("router_backward")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
     biases = state.new_empty(grid[0], 2, R)
     launch(
         router_third_backward_kernel, grid, grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second,
-        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **config("router_backward", BK=block(CLASSES)),
+        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **launch_config("router_backward", BK=block(CLASSES)),
     )  # fmt: skip
     launch(router_second_backward_kernel, grid, grad_second, W2, first, grad_first, biases, N, R=R, **c)
-    c = config("router_first_backward")
+    c = launch_config("router_first_backward")
     grad_r, grad_previous = torch.empty_like(state, dtype=dtype), state.new_empty(N if deep else 0, R)
     norms = state.new_empty(cdiv(N, c["BT"]), 1 + deep, R)
     launch(
@@ -947,7 +947,7 @@ def combine_backward_kernel(grad, y, place, probability, grad_y, grad_p, N, D, B
 @operator
 def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """As zaya.dispatch."""
-    (N, D), c = x.shape, config("dispatch")
+    (N, D), c = x.shape, launch_config("dispatch")
     BT, BD = c["BT"], c["BD"]
     blocks = cdiv(N, BT)
     counts = choice.new_empty(E, blocks, dtype=torch.int32)
@@ -961,7 +961,7 @@ def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]
 @operator
 def combine(y: Tensor, place: Tensor, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
-    (N, D), c, out = y.shape, config("dispatch"), torch.empty_like(y)
+    (N, D), c, out = y.shape, launch_config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
     launch(combine_kernel, grid, y, place, probability, out, N, D, WEIGHTED=probability is not None, **c)
     return out
@@ -969,7 +969,7 @@ def combine(y: Tensor, place: Tensor, probability: Tensor | None) -> Tensor:
 
 @operator
 def combine_backward(grad: Tensor, y: Tensor, place: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    (N, D), c = y.shape, config("combine_backward")
+    (N, D), c = y.shape, launch_config("combine_backward")
     grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
     launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, place, probability, grad_y, grad_p, N, D, **c)
     return grad_y, grad_p
@@ -1116,7 +1116,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
 def grouped_config(kernel, x):
     """In fp32 a tile is smaller: a wider one would spill, and a deeper one has been seen miscompiled for gfx942
     (triton-lang/triton issue 11696)."""
-    return config(kernel, BN=128, BK=32) if x.dtype == torch.float32 else config(kernel)
+    return launch_config(kernel, BN=128, BK=32) if x.dtype == torch.float32 else launch_config(kernel)
 
 
 def tiles_of(kernel, x, M, E):
@@ -1157,7 +1157,7 @@ def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, k
 def experts_backward(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (N, F, _), c = hidden.shape, config("swiglu_backward")
+    (N, F, _), c = hidden.shape, launch_config("swiglu_backward")
     grad_act, act, grad_hidden = grouped_linear(grad, down.mT, offsets), x.new_empty(N, F), x.new_empty(N, 2 * F)
     grid = (cdiv(N, c["BT"]), cdiv(F, c["BF"]))
     launch(swiglu_backward_kernel, grid, grad_act, hidden, act, grad_hidden, N, F, **c)
@@ -1260,7 +1260,7 @@ def merge(
     N = stream.numel() // D
     launch(
         merge_forward_kernel, (N,), stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD=block(D),
-        **config("merge"),
+        **launch_config("merge"),
     )  # fmt: skip
     return new, normed
 
@@ -1274,7 +1274,7 @@ def merge_backward(
     D, grad_stream, grad_out = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
     N = stream.numel() // D
     partial = stream.new_empty(min(N, for_this_gpu(PROGRAMS)), 4, D)
-    c = config("merge_backward", AHEAD=1 if D > 4096 else None)  # or shared memory would not hold the rows
+    c = launch_config("merge_backward", AHEAD=1 if D > 4096 else None)  # or shared memory would not hold the rows
     launch(
         merge_backward_kernel, partial.shape[:1], grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight,
         grad_stream, grad_out, partial, N, D, eps, BD=block(D), **c,
@@ -1337,7 +1337,8 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, V: int, keep: bool) -
     """As zaya.cross_entropy; without keep the gradient is empty."""
     n, stride = logits.shape
     losses, grad = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n if keep else 0, stride)
-    launch(cross_entropy_kernel, (n,), logits, targets, losses, grad, stride, V, KEEP=keep, **config("cross_entropy"))
+    c = launch_config("cross_entropy")
+    launch(cross_entropy_kernel, (n,), logits, targets, losses, grad, stride, V, KEEP=keep, **c)
     return losses, grad
 
 
@@ -1349,26 +1350,26 @@ def cross_entropy(logits, targets, V, with_gradient):
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Decoding: one new token's products, its CCA, its attention over the cache, and a few tokens through their experts
 #
-# All are bound by memory: the matrices, the keys and values; and by the number of launches. So a product takes the
+# All are bound by memory, the matrices, the keys and values, and by the number of launches. So a product takes the
 # merge before it along: every program does that for the whole row again, while its part of the matrix is on the way;
 # and CCA takes the token into the cache. A token reads its own expert's rows and no other's: a program owns BF units
-# and streams their rows through. Attention is split along time, SPLITS programs a key head, each with its own running
-# softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch is always the
-# same, so it can be captured, and the work is what the context needs.
+# and streams their rows through. Attention is split along time (flash-decoding), SPLITS programs a key head, each with
+# its own running softmax; a second kernel joins them. How long the cache is, the kernels read from the GPU: the launch
+# is always the same, so it can be captured, and the work is what the context needs.
 #
 # A layer's launches depend on each other, and so each would wait for memory in turn. Where kernels can start early
-# (early_start) they first let the next one start, then ask for all that does not depend on those before: weights, old
-# keys and values. So matrices are on their way several kernels ahead: 714 tokens/s in place of 476 (H200, ZAYA1-8B).
+# (PDL) they first let the next one start, then ask for all that does not depend on those before: weights, old keys and
+# values. So matrices are on their way several kernels ahead: 714 tokens/s in place of 476 (H200, ZAYA1-8B).
 
 
 @triton.jit
-def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
-               GELU: tl.constexpr, EARLY: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
+                GELU: tl.constexpr, PDL: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
     the stream (or None) that x joins, normed; the first program of a row also writes new and normed (unless that is
     None), as merge does. GELU: of the result."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
-    let_the_next_start(EARLY)
+    let_the_next_start(PDL)
     matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
@@ -1377,7 +1378,7 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
         sr, br = load_affine(s_r, b_r, k, K)
         so, bo = load_affine(s_o, b_o, k, K)
         w = load_vector(norm, k, K)
-    wait_for_the_kernel_before(EARLY)
+    wait_for_the_kernel_before(PDL)
     row = load_vector(x + n * K, k, K)
     if MERGE:
         row = (row + bo) * so
@@ -1395,16 +1396,16 @@ def row_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new,
     tl.store(out + n * M + m, y.to(out.dtype.element_ty), mask=m < M)
 
 
-def row_product(x, weight, bias=None, merging=None, activate=False):
-    """What row_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None; activate: by
+def gemv(x, weight, bias=None, merging=None, activate=False):
+    """What gemv_kernel makes of x (N, K) -> (N, M). merging: its arguments from stream to normed, or None; activate: by
     GELU."""
     (N, K), M = x.shape, len(weight)
     BK, out = block(K), weight.new_empty(N, M)
     # The largest power of two that leaves 64 programs (if M is that large), and at most 16,384 numbers for one to hold
     BF = max(1, min(next_power_of_2(M // 64 + 1) // 2, 16384 // BK))
     launch(
-        row_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
-        GELU=activate, BF=BF, BK=BK, **early_start(), **config("row"),
+        gemv_kernel, (cdiv(M, BF), N), x, weight, bias, out, *(merging or [None] * 9), M, K, MERGE=merging is not None,
+        GELU=activate, BF=BF, BK=BK, **pdl(), **launch_config("gemv"),
     )  # fmt: skip
     return out
 
@@ -1412,7 +1413,7 @@ def row_product(x, weight, bias=None, merging=None, activate=False):
 @operator
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """As zaya.product."""
-    return row_product(x.contiguous(), weight)
+    return gemv(x.contiguous(), weight)
 
 
 @operator
@@ -1422,18 +1423,18 @@ def merged_product(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.merged_product."""
     new, normed = torch.empty_like(stream), torch.empty_like(out)
-    y = row_product(out, weight, bias, (stream, s_r, b_r, s_o, b_o, norm, eps, new, normed))
+    y = gemv(out, weight, bias, (stream, s_r, b_r, s_o, b_o, norm, eps, new, normed))
     return new, normed, y
 
 
 @triton.jit
 def choose_kernel(thought, W3, balancing, probability, choice, counts, N, R: tl.constexpr, CLASSES: tl.constexpr,
-                  EARLY: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+                  PDL: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip
     """Grid (1): the router's last layer and its choice, of up to BT tokens."""
     n = tl.arange(0, BT)
-    let_the_next_start(EARLY)
+    let_the_next_start(PDL)
     w3, bias = load_classes(W3, balancing, 0, R, CLASSES, BR, BE)
-    wait_for_the_kernel_before(EARLY)
+    wait_for_the_kernel_before(PDL)
     thought = load_matrix(thought, n[:, None], N, tl.arange(0, BR)[None, :], R)
     chosen = choose(thought, W3, w3, balancing, bias, probability, choice, None, n, N, R, CLASSES, BE)
     for e0 in range(0, CLASSES, BE):
@@ -1452,10 +1453,10 @@ def router_of_few(
     probability, choice = state.new_empty(N), r.new_empty(N, dtype=torch.int64)
     counts = r.new_empty(len(W3), dtype=torch.int32)
     averaging = previous, gamma, None, None, None, norm, eps, state, None
-    thought = row_product(row_product(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
+    thought = gemv(gemv(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
     launch(
         choose_kernel, (1,), thought, W3, balancing, probability, choice, counts, N, R=R, CLASSES=len(W3), BT=16,
-        BR=block(R), BE=min(32, block(len(W3))), **early_start(), **config("choose"),
+        BR=block(R), BE=min(32, block(len(W3))), **pdl(), **launch_config("choose"),
     )  # fmt: skip
     return probability, choice, counts, state
 
@@ -1487,17 +1488,17 @@ def turn(x, cosine, sine, HALF: tl.constexpr):
 @triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
-                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,
+                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
                     BK: tl.constexpr):  # fmt: skip
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
     head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
     H: tl.constexpr = Hq + Hk
     WIDTH: tl.constexpr = (H + Hk) * h
-    let_the_next_start(EARLY)
+    let_the_next_start(PDL)
     position = tl.load(end).to(tl.int64) - 1
     qkv, recent = qkv + b * WIDTH, recent + b * SIZE * WIDTH
     if head == H:
-        wait_for_the_kernel_before(EARLY)
+        wait_for_the_kernel_before(PDL)
         newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
         for c0 in range(0, Hk * h, BH):
             column = c0 + c
@@ -1514,7 +1515,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         x = of_the_past(recent, w, w_bias, position, head, 0, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
         cosine, sine = load_angles(cos, sin, tl.arange(0, 1), 1, tl.where(c < 2 * HALF, c % HALF, HALF), HALF)
         bias, length = load_vector(W_bias + head * h, c, h), load_length(temp, head, Hq, h)
-        wait_for_the_kernel_before(EARLY)
+        wait_for_the_kernel_before(PDL)
         # The heads of the q-k mean (those of mean_with_partners)
         GROUP: tl.constexpr = Hq // Hk
         own = tl.load(qkv + head * h + c, mask=c < h, other=0.0)
@@ -1545,12 +1546,12 @@ def cca_step_forward(
     W_bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor,
 ) -> Tensor:  # fmt: skip
     """As zaya.cca_step, with what its cache holds."""
-    B, (S, Hk, h), H, c = len(qkv), k_.shape[1:], len(W) // W.shape[1], config("cca_step")
+    B, (S, Hk, h), H, c = len(qkv), k_.shape[1:], len(W) // W.shape[1], launch_config("cca_step")
     q = qkv.new_empty(B, 1, H - Hk, h)
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
         SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
-        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **early_start(), **c,
+        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **pdl(), **c,
     )  # fmt: skip
     return q
 
@@ -1561,15 +1562,15 @@ def cca_step(qkv, cache, depthwise, grouped, temp, cos, sin):
 
 
 @triton.jit
-def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGLU: tl.constexpr, EARLY: tl.constexpr,
-               BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGLU: tl.constexpr,
+                       PDL: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that one token's expert makes of its row of x (N, K) -> out (N, M).
 
     SWIGLU: weight (E, 2M, K) is [gate | up]. Otherwise weight is (E, M, K), and the result is weighted."""
     n, m, k = tl.program_id(1), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BK)
     if SWIGLU:
-        wait_for_the_kernel_before(EARLY)
-    let_the_next_start(EARLY)  # the second kernel starts after the first has waited: it can read the choice
+        wait_for_the_kernel_before(PDL)
+    let_the_next_start(PDL)  # the second kernel starts after the first has waited: it can read the choice
     expert, p = tl.load(choice + n), 1.0
     if not SWIGLU:
         p = tl.load(probability + n)  # here and not where it is used, so that nothing waits for it
@@ -1578,7 +1579,7 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
     if SWIGLU:
         matrix_up = load_matrix(w + M * K, m[:, None], rows, k[None, :], K)
     else:
-        wait_for_the_kernel_before(EARLY)
+        wait_for_the_kernel_before(PDL)
     acc, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
     for k0 in range(0, K, BK):
         row = load_vector(x + n * K, k0 + k, K)[None, :]
@@ -1596,10 +1597,11 @@ def few_kernel(x, choice, weight, probability, out, E, M, K: tl.constexpr, SWIGL
 @operator
 def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As zaya.experts_of_few."""
-    (N, D), (E, _, F), c = x.shape, down.shape, config("few" if len(x) > 1 else "one") | early_start()
+    (N, D), (E, _, F) = x.shape, down.shape
+    c = launch_config("expert_gemv" if N > 1 else "expert_gemv_one") | pdl()
     act, out = x.new_empty(N, F, dtype=torch.float32), torch.empty_like(x)
-    launch(few_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, K=D, SWIGLU=True, **c)
-    launch(few_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, K=F, SWIGLU=False, **c)
+    launch(expert_gemv_kernel, (cdiv(F, c["BF"]), N), x, choice, gate_up, None, act, E, F, K=D, SWIGLU=True, **c)
+    launch(expert_gemv_kernel, (cdiv(D, c["BF"]), N), act, choice, down, probability, out, E, D, K=F, SWIGLU=False, **c)
     return out
 
 
@@ -1622,9 +1624,9 @@ def attend_block(acc, total, largest, queries, keys, values, s, stop, scale):
 
 
 @triton.jit
-def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-                SPLITS: tl.constexpr, EARLY: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
-                BH: tl.constexpr):  # fmt: skip
+def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
+                          SPLITS: tl.constexpr, PDL: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
+                          BH: tl.constexpr):  # fmt: skip
     """Grid (SPLITS, B * Hk): one part of the past for the queries that share a key head.
 
     partial (B, Hq, SPLITS, h + 2) fp32: the sum of values, the largest score, the sum of exp(score - largest).
@@ -1632,7 +1634,7 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
     GROUP: tl.constexpr = Hq // Hk
     g, c = tl.arange(0, BG), tl.arange(0, BH)
-    let_the_next_start(EARLY)
+    let_the_next_start(PDL)
     now = tl.load(end).to(tl.int32)
     first = tl.maximum(now - window, 0)
     share = tl.cdiv(tl.cdiv(now - first, SPLITS), BS) * BS
@@ -1644,7 +1646,7 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
     # The first block but for the newest position, which the kernel before still writes
     s = start + tl.arange(0, BS)
     keys, values = load_past(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
-    wait_for_the_kernel_before(EARLY)
+    wait_for_the_kernel_before(PDL)
     newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
     key, value = tl.load(k + newest, mask=c < h, other=0.0), tl.load(v + newest, mask=c < h, other=0.0)
@@ -1664,11 +1666,11 @@ def past_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: t
 
 
 @triton.jit
-def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, BH: tl.constexpr):
+def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BH: tl.constexpr):
     """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
     s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
-    let_the_next_start(EARLY)
-    wait_for_the_kernel_before(EARLY)
+    let_the_next_start(PDL)
+    wait_for_the_kernel_before(PDL)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
     largest, total = tl.load(own + h), tl.load(own + h + 1)
     values = tl.load(own[:, None] + c[None, :], mask=(c < h)[None, :], other=0.0)
@@ -1681,17 +1683,18 @@ def join_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.c
 def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
-    # About 512 programs in all, as many parts as join_kernel can hold, none shorter than 128 positions of a full cache
+    # About 512 programs in all, as many parts as join_splits_kernel can hold, none below 128 positions of a full cache
     splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
-    shape = dict(h=h, SPLITS=splits, BH=block(h)) | early_start()
-    c = config("past", BS=max(16, 2**15 // (block(h) * k.element_size())))  # keys and values of at most 32 KB each
+    shape = dict(h=h, SPLITS=splits, BH=block(h)) | pdl()
+    most = max(16, 2**15 // (block(h) * k.element_size()))  # keys and values of at most 32 KB each
+    c = launch_config("flash_decoding", BS=most)
     launch(
-        past_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
+        flash_decoding_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
     )  # fmt: skip
     warps = 8 if splits * block(h) > 2**13 else 4
-    launch(join_kernel, (B * Hq,), partial, out, **shape, num_warps=warps, num_stages=1)
+    launch(join_splits_kernel, (B * Hq,), partial, out, **shape, num_warps=warps, num_stages=1)
     return out
 
 

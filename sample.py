@@ -211,7 +211,7 @@ def read_bandwidth(device):
     return times * x.numel() * x.element_size() / best
 
 
-class Pieces:
+class Detokenizer:
     """A growing text, piece by piece: whole characters only, as soon as their last byte is there."""
 
     def __init__(self, tokenizer):
@@ -293,7 +293,7 @@ def show_experts(writer, ids, new, layer):
 
 def pieces_of(tokenizer, ids):
     """The text that each token adds to those before it: a character belongs to the token that completes it."""
-    growing = Pieces(tokenizer)
+    growing = Detokenizer(tokenizer)
     pieces = [growing.add(token) for token in ids]
     return [*pieces[:-1], pieces[-1] + growing.rest()] if pieces else []
 
@@ -394,7 +394,7 @@ def main():
             f"--show_experts {config.show_experts}: no such layer of experts; "
             + (f"layers are 0 to {layers - 1}" if layers else "the model is dense")
         )
-    ids, pieces, start = writer.ids(prompt), Pieces(writer.tokenizer), "" if config.chat else prompt
+    ids, pieces, start = writer.ids(prompt), Detokenizer(writer.tokenizer), "" if config.chat else prompt
 
     def show(token):
         print(pieces.add(token), end="", flush=True)

@@ -110,10 +110,10 @@ RECIPES = {
     "small": dict(steps=5700, batch_size=128, lr=1.6e-3, warmup=200, eval_every=500),  # 3 billion
     "medium": dict(steps=9500, batch_size=256, lr=6e-4, warmup=500, eval_every=500),  # 10 billion
     "zaya1-8b": dict(
-        steps=480_000, batch_size=4096, lr=6e-4, final_lr=1 / 3, warmup=2000, eval_every=1000, block_size=4096,
-        rope_theta=1e4,
+        steps=480_000, batch_size=4096, block_size=4096, rope_theta=1e4, lr=6e-4, final_lr=1 / 3, warmup=2000,
+        eval_every=1000,
     ),
-}
+}  # fmt: skip
 
 
 def flags_of(cls, given):
@@ -437,14 +437,14 @@ def newton_schulz(g, steps=5):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
-def follow(grad, momentum_buffer, momentum):
+def nesterov(grad, momentum_buffer, momentum):
     """Take a gradient into the momentum -> Nesterov's step."""
     grad, dtype = grad.float(), grad.dtype
     momentum_buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(momentum_buffer, momentum).to(dtype)
 
 
-def move(master, update, keep, scale, copy):
+def apply_update(master, update, keep, scale, copy):
     """master <- keep * master - scale * update; and the same to its copy in another dtype, unless that is None."""
     master.mul_(keep).sub_(update.float() * scale)
     if copy is not None:
@@ -467,10 +467,10 @@ class Muon:
     def __init__(self, parameters, dtype, momentum, weight_decay, ranks, compiled=False):
         """compiled: by torch.compile, each pass over memory once."""
         self.parameters, self.momentum, self.weight_decay, self.ranks = parameters, momentum, weight_decay, ranks
-        self.follow, self.move = (
-            torch.compile(function, dynamic=True) if compiled else function for function in (follow, move)
+        self.nesterov, self.apply_update = (
+            torch.compile(function, dynamic=True) if compiled else function for function in (nesterov, apply_update)
         )
-        self.owner = self.share_out()
+        self.owner = self.assign_owners()
         self.rounds = list(zip_longest(*(self.batches(rank) for rank in range(ranks.world)), fillvalue=[]))
         own = [name for name in parameters if self.owner[name] == ranks.rank]
         # The fp32 weights: the parameters themselves, or copies of them where the model is to be cast to bf16.
@@ -485,7 +485,7 @@ class Muon:
             return tensor.view(-1, tensor.shape[-2] // 2, tensor.shape[-1])
         return tensor.view(-1, *tensor.shape[-2:])
 
-    def share_out(self):
+    def assign_owners(self):
         """{name: rank}. The costliest parameter first, each to the rank that has least to do so far."""
         cost = {name: p.numel() * min(self.matrices(name, p).shape[1:]) for name, p in self.parameters.items()}
         busy, owner = [0] * self.ranks.world, {}
@@ -522,7 +522,7 @@ class Muon:
         steps = []
         for name in names:
             grad = self.parameters[name].grad
-            step = self.follow(grad.view(-1), self.buffer[name].view(-1), self.momentum)
+            step = self.nesterov(grad.view(-1), self.buffer[name].view(-1), self.momentum)
             steps.append(self.matrices(name, step.view(grad.shape)))
         steps = newton_schulz(torch.cat(steps))  # in the weights' dtype: bf16 is exact enough where they are bf16
         # On the device: for a new Python number torch.compile would compile anew.
@@ -530,7 +530,7 @@ class Muon:
         keep, scale = (torch.full((), number, device=steps.device) for number in numbers)
         for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
             copy = None if self.parameters[name].dtype == torch.float32 else self.parameters[name].view(-1)
-            self.move(self.master[name].view(-1), update.reshape(-1), keep, scale, copy)
+            self.apply_update(self.master[name].view(-1), update.reshape(-1), keep, scale, copy)
 
     def collect(self, own):
         """{name: tensor} of all parameters, from every rank's own, in rank 0's CPU memory; nothing on the others."""
@@ -563,16 +563,16 @@ class AdamW:
         self.world, rank = (ranks.world, ranks.rank) if ranks else (1, 0)
         self.part = -(-self.size // self.world)  # numbers a rank; the last one's are filled up with zeros
         self.own = slice(rank * self.part, (rank + 1) * self.part)
-        self.flat = self.cut([p.detach() for p in self.parameters])  # the fp32 masters
+        self.flat = self.shard([p.detach() for p in self.parameters])  # the fp32 masters
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.count = torch.zeros((), dtype=torch.int64)
 
-    def cut(self, tensors):
+    def shard(self, tensors):
         """This rank's part of all tensors, flattened one after the other, in fp32."""
         flat = torch.cat([t.float().flatten() for t in tensors])
         return nn.functional.pad(flat, (0, self.part * self.world - self.size))[self.own].clone()
 
-    def whole(self, part):
+    def gather(self, part):
         """The whole vector from every rank's part of it."""
         if self.world == 1:
             return part
@@ -583,23 +583,23 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr, grads=None):
-        grad = self.cut(grads or [p.grad for p in self.parameters])
+        grad = self.shard(grads or [p.grad for p in self.parameters])
         self.count += 1
         (beta1, beta2), n = self.betas, self.count.item()
         self.mean.lerp_(grad, 1 - beta1)
         self.square.lerp_(grad.square_(), 1 - beta2)
         denominator = (self.square / (1 - beta2**n)).sqrt_().add_(self.eps)
         self.flat.addcdiv_(self.mean, denominator, value=-lr / (1 - beta1**n))
-        for p, new in zip(self.parameters, self.whole(self.flat).split([p.numel() for p in self.parameters])):
+        for p, new in zip(self.parameters, self.gather(self.flat).split([p.numel() for p in self.parameters])):
             p.copy_(new.view(p.shape))
 
     def state(self):
-        vectors = {f"{self.prefix}.{name}": self.whole(getattr(self, name)) for name in ("mean", "square")}
+        vectors = {f"{self.prefix}.{name}": self.gather(getattr(self, name)) for name in ("mean", "square")}
         return vectors | {f"{self.prefix}.count": self.count}
 
     def load_state(self, tensors):
-        self.mean.copy_(self.cut([tensors[f"{self.prefix}.mean"]]))
-        self.square.copy_(self.cut([tensors[f"{self.prefix}.square"]]))
+        self.mean.copy_(self.shard([tensors[f"{self.prefix}.mean"]]))
+        self.square.copy_(self.shard([tensors[f"{self.prefix}.square"]]))
         self.count.copy_(tensors[f"{self.prefix}.count"])
 
 
@@ -642,7 +642,7 @@ class Optimizer:
 
     def masters(self):
         """The model's state dict with fp32 masters in the place of bf16 weights: on rank 0, with all ranks' help."""
-        flat = self.adamw.whole(self.adamw.flat).split([p.numel() for p in self.rest.values()])
+        flat = self.adamw.gather(self.adamw.flat).split([p.numel() for p in self.rest.values()])
         rest = {name: master.view(p.shape) for (name, p), master in zip(self.rest.items(), flat)}
         return self.model.state_dict() | self.muon.collect(self.muon.master) | rest
 
@@ -1091,7 +1091,7 @@ def count_data(record, halves, config, ranks):
     record["train_tokens"] = sizes
 
 
-def settle(config, model, ranks):
+def resolve_defaults(config, model, ranks):
     """Fill in what config leaves to the model, to the number of ranks and to the device."""
     config.block_size = config.block_size or model.config.max_position_embeddings
     model.config.max_position_embeddings = max(config.block_size, model.config.max_position_embeddings)
@@ -1214,7 +1214,7 @@ def main():
     if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
         raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
     flags = asdict(config) | flags_of(ZayaConfig, given)  # for args.json, before what follows from this machine
-    settle(config, model, ranks)
+    resolve_defaults(config, model, ranks)
     halves = open_halves(folder, meta, config, ranks)
     count_data(record, halves, config, ranks)
     model.to(device)
@@ -1237,7 +1237,7 @@ def main():
     if config.resume and not checkpoint and not config.keep:
         raise ValueError(f"--resume: the run in {out} keeps no checkpoint to go on from (--keep 0)")
     ddp = averaging(compiled) if ranks.world > 1 else compiled
-    sys.stdout, sys.stderr = (stream and Unheard(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream and TolerantStream(stream) for stream in (sys.stdout, sys.stderr))
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
@@ -1359,7 +1359,7 @@ def on_stop(action):
             signal.signal(number, action)
 
 
-class Unheard:
+class TolerantStream:
     """A stream to print to that does not mind when nobody reads it any more: a closed pipe or terminal shall not end a
     training before it has saved."""
 

@@ -131,7 +131,7 @@ def has_kernel(eager):
         if not on_kernels(args[0]) or (name == "experts" and torch_is_faster(*args[:2])):
             return eager(*args)
         if reason := triton_kernels.unsupported(name, *args):
-            say_once(f"no kernel for {name}: {reason}; eager PyTorch is used")
+            warn_once(f"no kernel for {name}: {reason}; eager PyTorch is used")
             return eager(*args)
         return getattr(triton_kernels, name)(*args)
 
@@ -1348,8 +1348,8 @@ def on_kernels(x):
     if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
         return False
     if triton_kernels is None:
-        return say_once("Triton is not installed: eager PyTorch is used")
-    return triton_kernels.can_run_on(x.device) or say_once(f"no kernels on {x.device}: eager PyTorch is used")
+        return warn_once("Triton is not installed: eager PyTorch is used")
+    return triton_kernels.can_run_on(x.device) or warn_once(f"no kernels on {x.device}: eager PyTorch is used")
 
 
 def torch_is_faster(x, gate_up):
@@ -1362,7 +1362,7 @@ def on_hopper():
     return triton_kernels.architecture() == "sm_90"
 
 
-def say_once(message, said=set()):  # noqa: B006 the set is to live on
+def warn_once(message, said=set()):  # noqa: B006 the set is to live on
     """Print a message to stderr, the first time only. Returns False."""
     if message not in said:
         said.add(message)
@@ -1372,7 +1372,7 @@ def say_once(message, said=set()):  # noqa: B006 the set is to live on
 
 # torch.compile then runs these two while tracing, and need not break the graph there. It is the flag that
 # torch.compiler.assume_constant_result sets, but that imports the whole compiler: every start would take a second more.
-say_once._dynamo_marked_constant = on_hopper._dynamo_marked_constant = True
+warn_once._dynamo_marked_constant = on_hopper._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1860,7 +1860,7 @@ def first_whole(checkpoints, check, say=True):
             return checkpoint
         except (ValueError, OSError, TypeError, AttributeError) as error:
             damage = damage or error
-            after and say and say_once(f"{error}; trying {after}")
+            after and say and warn_once(f"{error}; trying {after}")
     raise ValueError(f"no checkpoint of {checkpoints[0].parent} is whole; the newest: {damage}")
 
 

@@ -308,7 +308,7 @@ def resources_on_nvidia(compiled, warps):
     programs = min(64 // warps, 65536 // (cdiv(registers, 8) * 8 * 32 * warps))
     waves = min(programs, 233472 // shared if shared else 32) * warps // 4
     ptx = compiled.asm["ptx"]
-    if compiled.metadata.launch_pdl:  # see kernels.early_start
+    if compiled.metadata.launch_pdl:  # see kernels.pdl
         before, wait, _ = ptx.partition("griddepcontrol.wait")
         assert wait and "st.global" not in before, "starts early, and writes before it waits"
     products = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))

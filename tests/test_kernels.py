@@ -279,7 +279,7 @@ def test_one_graph_and_the_same_bits():
 
 
 def test_falls_back_and_says_so_once(capsys, monkeypatch):
-    monkeypatch.setattr(zaya.say_once, "__defaults__", (set(),))
+    monkeypatch.setattr(zaya.warn_once, "__defaults__", (set(),))
     x, choice = torch.randn(6, 4).bfloat16(), torch.zeros(6, dtype=torch.int64)
     for way, said in {"eager": "", "auto": "", "triton": "no kernel for dispatch: torch.bfloat16"}.items():
         zaya.use_kernels(way)
@@ -332,7 +332,7 @@ def test_interpreted_whatever_gpu_there_is(monkeypatch):
     """Beside a GPU, too, what is interpreted is not configured for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert kernels.architecture.__wrapped__() == "none" and kernels.early_start() == {"EARLY": False}
+    assert kernels.architecture.__wrapped__() == "none" and kernels.pdl() == {"PDL": False}
 
 
 def test_every_marked_function_has_its_twin():

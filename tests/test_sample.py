@@ -101,20 +101,20 @@ def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
 )
 def test_only_whole_characters_are_shown(text):
     tokenizer = load_tokenizer("bytes")
-    pieces = sample.Pieces(tokenizer)
+    pieces = sample.Detokenizer(tokenizer)
     shown = [pieces.add(token) for token in tokenizer.encode(text)]  # a byte at a time
     assert "".join(shown) == text and pieces.rest() == ""
 
 
 def test_half_a_character_at_the_end_is_shown_at_last():
-    pieces = sample.Pieces(load_tokenizer("bytes"))
+    pieces = sample.Detokenizer(load_tokenizer("bytes"))
     assert [pieces.add(token) for token in b"a\xe2\x80"] == ["a", "", ""] and pieces.rest() == "\ufffd"
-    pieces = sample.Pieces(load_tokenizer("bytes"))  # what never becomes a character is shown when that is certain
+    pieces = sample.Detokenizer(load_tokenizer("bytes"))  # what never becomes a character is shown when that is certain
     assert [pieces.add(token) for token in b"\xe2\x80b"] == ["", "", "\ufffdb"]
 
 
 def test_a_long_text_is_not_decoded_again_for_each_token():
-    pieces = sample.Pieces(load_tokenizer("bytes"))
+    pieces = sample.Detokenizer(load_tokenizer("bytes"))
     shown = [(pieces.add(token), len(pieces.ids)) for token in "naïve 日本".encode() * 20]
     assert "".join(piece for piece, _ in shown) == "naïve 日本" * 20 and max(count for _, count in shown) == 5
 
@@ -128,7 +128,7 @@ def test_bytes_that_only_count_together():
         except UnicodeDecodeError:
             return "\ufffd" * len(ids)
 
-    pieces = sample.Pieces(SimpleNamespace(decode=decode))
+    pieces = sample.Detokenizer(SimpleNamespace(decode=decode))
     assert "".join(pieces.add(token) for token in "naïve 日本".encode()) == "naïve 日本"
 
 

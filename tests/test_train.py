@@ -958,8 +958,7 @@ def test_memory_of_activations_is_as_planned(kernels, within, recompute):
 
 
 def test_zaya1_8b_fits_eight_gpus(capsys):
-    """In bf16, one sequence of 4,096 tokens a forward pass, or the recipe's eight, on 192 GB each; no memory is taken to
-    say so."""
+    """In bf16, one sequence of 4,096 tokens a forward pass, or the recipe's eight, on 192 GB each."""
     plans, sequences = [], train.sequences_at_once(train.RECIPES["zaya1-8b"]["batch_size"] // 8, 4096)
     with torch.device("meta"):
         for rank in range(8):
