@@ -850,7 +850,7 @@ class Newest:
 
 
 class Cache:
-    """The decoding state of a batch of texts: 2 * Hk * h numbers a token and layer, and a few rows of qkv.
+    """The decoding state of a batch of texts: for each layer 2 * Hk * h numbers a token, and a few rows of qkv.
 
     Buffers are allocated once, and positions are read on the device: so a step can be captured in a graph.
     """
