@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
     find_checkpoint, first_whole, forward_flops, literal, load_safetensors, newest_first, parse_flags, pyplot,
-    read_json, save_safetensors, stop_in_one_line, watts,
+    read_json, save_safetensors, stop_in_one_line, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -736,15 +737,15 @@ class Saver:
             record["sha256"] = record_sha256(record)
             (new / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
             replace_folder(new, final)
+            saved = checkpoints_in(self.out)
+            newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
+            for old in saved[:newest][: -self.keep] + saved[newest:]:
+                shutil.rmtree(old)
+            if best:
+                mark_best(final)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
-        saved = checkpoints_in(self.out)
-        newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
-        for old in saved[:newest][: -self.keep] + saved[newest:]:
-            shutil.rmtree(old)
-        if best:
-            mark_best(final)
 
     def wait(self):
         """Wait for the last save to be written; raise what went wrong in it."""
@@ -804,10 +805,18 @@ def whole_lines(out):
     path, end = out / "log.jsonl", 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         end += len(line)
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry and line.endswith(b"\n"):
+            if isinstance(entry, dict) and type(entry.get("step")) is int and line.endswith(b"\n"):
                 yield entry, end
+
+
+def write_line(log, entry):
+    """Add an object to a run's log. If it cannot: OSError, naming the file."""
+    try:
+        log.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise OSError(f"could not write {log.name}: {error.strerror}; {last_good(Path(log.name).parent)}") from None
 
 
 def read_log(out):
@@ -1024,6 +1033,8 @@ def resolve_flags(given):
         folder = Path(given.get(name) or "").expanduser().absolute()
         if given.get(name) and any((folder / file).exists() for file in ("meta.json", "prepare.py")):
             given[name] = str(folder)
+    if given.get("init_from"):
+        given["init_from"] = str(Path(given["init_from"]).expanduser().absolute())
     files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
     holds_run = bool(files) or any(out.glob("step-*"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
@@ -1034,7 +1045,7 @@ def resolve_flags(given):
         raise FileExistsError(HOLDS_RUN.format(out=out))
     if not (holds_run and goes_on):
         return given, False
-    saved = read_json(out / "args.json")
+    saved = saved_flags(out)
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
     own = TrainConfig(**flags_of(TrainConfig, saved))
     model = {} if own.init_from else asdict(model_config(own, saved, 1, None))
@@ -1046,6 +1057,21 @@ def resolve_flags(given):
     return saved | given, True  # with the given --out, for the folder may have been moved
 
 
+def saved_flags(out):
+    """The flags of the run in out: args.json's or, if that is damaged, those of its newest whole checkpoint."""
+    path, checkpoints = out / "args.json", newest_first(out)
+    try:
+        flags = read_json(path)
+        TrainConfig(**flags_of(TrainConfig, flags))
+    except (ValueError, OSError, TypeError) as error:
+        if not checkpoints:
+            raise ValueError(f"{path} is damaged, and there is no checkpoint yet: {error}") from None
+        checkpoint = first_whole(checkpoints, check, say=False)
+        warn_once(f"{path} is damaged ({error}); the flags are those of {checkpoint}")
+        flags = read_json(checkpoint / "trainer.json")["flags"]
+    return flags
+
+
 def new_model(config, given, meta, eot):
     """A fresh model, or --init_from's with the context length and RoPE bases that the flags give."""
     if config.init_from is None:
@@ -1055,7 +1081,10 @@ def new_model(config, given, meta, eot):
             )
         torch.manual_seed(config.seed)
         return Zaya(model_config(config, given, meta["vocab_size"], eot))
-    model = Zaya.from_pretrained(config.init_from, dtype=torch.float32)
+    path = find_checkpoint(config.init_from)
+    if (path / "trainer.json").exists():  # one of ours, with SHA-256s
+        check(path)
+    model = Zaya.from_pretrained(path, dtype=torch.float32)
     free = {"rope_theta", "sliding_rope_theta", "max_position_embeddings"}
     changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
@@ -1247,6 +1276,7 @@ def main():
         if ranks.store:
             ranks.store.set("run is ours", "")
         flags |= {"resume": False, "block_size": config.block_size, "dtype": config.dtype, "active_parameters": active}
+        record["flags"] = flags
         restore(out, log, flags, record, checkpoint)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
@@ -1309,7 +1339,7 @@ def main():
                 record["best"] = new if better else best
             if ranks.first:
                 if step % config.log_every == 0 or "val_loss" in entry:
-                    log.write(json.dumps(entry) + "\n")
+                    write_line(log, entry)
                 report(bar, entry)
             if bad_in_a_row == 10:
                 saver.wait()
@@ -1337,6 +1367,9 @@ def main():
         farewell(model, tokenizer, config, step)
 
 
+STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # a polite end, Ctrl-C, a closed terminal
+
+
 def listen(ranks):
     """From here on a signal to stop ends nothing -> the list of those that have come. The loop asks it at each step: it
     finishes that, saves, and leaves with status 0."""
@@ -1349,12 +1382,21 @@ def listen(ranks):
         heard.append(number)
 
     on_stop(hear)
+
+    # A terminal and torchrun signal all processes of a group, and so the compilers that torch.compile starts, too. What
+    # the thread that starts a process has blocked, the process has blocked: so one thread hears for all.
+    def ear():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+        threading.Event().wait()
+
+    threading.Thread(target=ear, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     return heard
 
 
 def on_stop(action):
-    """What SIGTERM, Ctrl-C and a closed terminal do from here on. One that is ignored, as nohup has it, stays so."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    """What a signal to stop does from here on. One that is ignored, as nohup has it, stays so."""
+    for number in STOP:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, action)
 

@@ -100,6 +100,7 @@ def call(monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def run(module, *args):
         capsys.readouterr()
@@ -110,6 +111,8 @@ def call(monkeypatch, capsys):
                 module.main()
         except SystemExit as end:
             status = end.code
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         captured = capsys.readouterr()
         return SimpleNamespace(status=status, stdout=captured.out, stderr=captured.err, lines=captured.err.splitlines())
 

@@ -155,6 +155,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, finishe
     assert losses == expected_losses and all(tensor.equal(expected[key]) for key, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("text", ['{"steps": 6, "lr"', '{"steps": "six"}'], ids=["cut short", "a word for a number"])
+def test_of_a_run_with_damaged_flags_the_newest_checkpoints_are_taken(text, finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    (out / "args.json").write_text(text)
+    done = call(train, "--out", out, "--resume", "--steps", 8)
+    assert done.status == 0 and f"{out}/args.json is damaged" in done.stderr and "step-0000006" in done.stderr
+    assert read_json(out / "args.json") == read_json(finished.out / "args.json") | {"steps": 8, "out": str(out)}
+
+
+def test_damaged_weights_to_start_from_are_named(tiny, finished, call, tmp_path):
+    start = shutil.copytree(finished.out / "step-0000006", tmp_path / "start")
+    tensors = {name: -tensor for name, tensor in load_safetensors(start / "model.safetensors").items()}
+    save_safetensors(start / "model.safetensors", tensors)  # of the same size
+    done = call(train, *flags(data=tiny["data"], init_from=start, out=tmp_path / "out", device="cpu"))
+    assert_refused(done, start / "model.safetensors", "damaged")
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = open(tmp_path / "log.jsonl", "w", buffering=1)
+    with pytest.raises(OSError, match="log.jsonl: No space left on device; there is no checkpoint yet"):
+        train.write_line(log, {"step": 1})
+    with pytest.raises(OSError):
+        log.close()  # what is left in its buffer cannot be written either
+
+
 def test_when_all_checkpoints_are_damaged_the_newest_is_named(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     for checkpoint in (*out.glob("step-*"), out / "best"):

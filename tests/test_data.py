@@ -537,13 +537,15 @@ def hub(monkeypatch):
             name = self.path.rpartition("/")[2]
             httpd.asked.append((self.path, self.headers.get("Range")))
             body = httpd.files.get(name)
-            if body is None:
+            if httpd.errors:
+                self.send_error(httpd.errors.pop())
+            elif body is None:
                 self.send_error(404)
             elif self.path.startswith("/main/"):
                 self.send_response(302)
                 self.send_header("Location", f"/storage/{name}")
                 if sha256 := httpd.sha256.get(name, hashlib.sha256(body).hexdigest()):
-                    self.send_header("X-Linked-ETag", f'"{sha256}"')
+                    self.send_header("X-Linked-ETag", httpd.etag.format(sha256))
                 self.end_headers()
             else:
                 start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and httpd.ranges else 0
@@ -551,13 +553,14 @@ def hub(monkeypatch):
                 if httpd.says_length:
                     self.send_header("Content-Length", len(body) - start)
                 self.end_headers()
-                self.wfile.write(body[start:][: httpd.breaks.pop(name, None)])
+                self.wfile.write(body[start:][: httpd.breaks.pop(name, httpd.at_once)])
 
         def log_message(self, *args):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.asked, httpd.files, httpd.sha256, httpd.breaks, httpd.ranges, httpd.says_length = [], {}, {}, {}, True, True
+    httpd.errors, httpd.etag, httpd.at_once = [], '"{}"', None  # at_once: bytes a connection
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/main"
     threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True).start()
     gpt2 = make("gpt2")
@@ -579,13 +582,22 @@ def prepare_fineweb(hub, out, *flags):
     return meta, tokens(out, "train").tolist(), tokens(out, "val").tolist()
 
 
-@pytest.mark.parametrize("trouble", ["none", "breaks off", "breaks off and knows no ranges", "no hash"])
+TROUBLES = [
+    "none", "breaks off", "breaks off and knows no ranges", "no hash", "a weak hash", "no SHA-256", "busy",
+    "little by little",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_fineweb(trouble, hub, tmp_path):
     if "breaks" in trouble:
         hub.breaks = {"fineweb_train_000001.bin": 1027}
         hub.ranges = "no ranges" not in trouble
     if trouble == "no hash":
         hub.sha256 = dict.fromkeys(hub.files)
+    hub.etag = {"a weak hash": 'W/"{}"', "no SHA-256": '"{:.40}"'}.get(trouble, hub.etag)
+    hub.errors = [429] if trouble == "busy" else []
+    hub.at_once = 300 if trouble == "little by little" else None  # more breaks than retries
     meta, train, val = prepare_fineweb(hub, tmp_path, "--shards", "2")
     bodies = [np.frombuffer(body, "<u2")[512:].tolist() for _, body in sorted(hub.files.items())]
     assert train == bodies[0] + bodies[1] and val == bodies[2]

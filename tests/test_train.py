@@ -666,6 +666,18 @@ def test_a_stop_at_any_moment_changes_nothing(long_run, call, tmp_path, number):
     assert_same_run(out, long_run.out)
 
 
+def test_a_signal_to_the_whole_group_ends_no_compiler():
+    """As Ctrl-C sends it; sleep stands for a compiler that torch.compile waits for."""
+    code = """
+import os, signal, subprocess, types, train
+heard = train.listen(types.SimpleNamespace(first=False))
+compiler = subprocess.Popen(["sleep", "1"])
+os.killpg(0, signal.SIGINT)
+assert compiler.wait() == 0 and heard == [signal.SIGINT]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, start_new_session=True, check=True)
+
+
 def test_a_closed_terminal_changes_nothing(long_run, call, tmp_path):
     """It sends SIGHUP, and nobody reads what is printed any more."""
     out = tmp_path / "out"
@@ -727,11 +739,12 @@ def test_log_lines_after_the_checkpoint_are_dropped(finished, call, tmp_path):
     shutil.rmtree(out / "step-0000006")  # the power went between step 5 and the checkpoint of step 6,
     (out / ".step-0000006.partial").mkdir()  # while that was being written
     first, *rest = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join([first, "damaged\n", "[1]\n", *rest, '{"step": 7, "loss": 1']))
+    damaged = "damaged\n[1]\n" + '{"step": "x"}\n' + "[" * 100_000 + "\n"
+    (out / "log.jsonl").write_text("".join([first, damaged, *rest, '{"step": 7, "loss": 1']))
     done = call(train, "--out", out, "--resume")
     assert done.status == 0
     assert [entry["step"] for entry in train.read_log(out)] == [1, 2, 3, 4, 5, 6]
-    (out / "log.jsonl").write_text((out / "log.jsonl").read_text().replace("damaged\n[1]\n", ""))
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text().replace(damaged, ""))
     assert_same_run(out, finished.out)
 
 

@@ -6,6 +6,7 @@ A download that breaks off goes on where it stopped, also when this is started a
 
 import http.client
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -22,7 +23,8 @@ from data.tokenizer import load_tokenizer, sha256
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
 TIMEOUT = 30  # seconds without a byte
-WAITS = [1, 2, 4, 8]  # seconds before each retry
+WAITS = [1, 2, 4, 8]  # seconds before each retry; from the start again after one that brought something
+BUSY = 408, 429  # "timeout", "too many requests": of HTTP's 4xx those that pass
 PIECE = 2**24  # bytes or tokens that are in memory at a time
 
 
@@ -36,19 +38,24 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, response, code, message, headers, url)
 
     def note(self, headers):
-        self.sha256 = (headers.get("X-Linked-ETag") or "").strip('"') or self.sha256
+        if match := re.fullmatch(r'(W/)?"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag") or "", re.IGNORECASE):
+            self.sha256 = match[2].lower()
 
 
 def download(url, path):
     """The file at url, complete and checked, at path. OSError after the last retry, ValueError if it is damaged."""
     partial = path.with_name(f".{path.name}.partial")
-    for wait in [*WAITS, None]:
+    most, waits = size_of(partial), iter(WAITS)
+    while True:
         try:
             expected = fetch_rest(url, partial)
             break
         except (OSError, http.client.HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500  # asking again would not help
-            if wait is None or refused:
+            if size_of(partial) > most:  # it went on, so its patience begins anew
+                most, waits = size_of(partial), iter(WAITS)
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in BUSY
+            wait = next(waits, None)
+            if wait is None or refused:  # asking again would not help
                 raise OSError(f"{url}: {error}; what came is kept, start again to go on") from None
             time.sleep(wait)
     if expected and sha256(partial) != expected:
@@ -57,10 +64,13 @@ def download(url, path):
     os.replace(partial, path)
 
 
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
 def fetch_rest(url, partial):
     """What partial still lacks of url, with a progress bar -> the whole's SHA-256 by the server, or None."""
-    start = partial.stat().st_size if partial.exists() else 0
-    redirects = Redirects()
+    start, redirects = size_of(partial), Redirects()
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
@@ -79,7 +89,7 @@ def fetch_rest(url, partial):
             start = 0
             file.seek(0)
             file.truncate()
-        if "Content-Length" not in response.headers:
+        if not response.headers.get("Content-Length", "").isdecimal():
             raise OSError("the server does not say how many bytes it sends")
         total = start + int(response.headers["Content-Length"])
         bar = tqdm(total=total, initial=start, desc=partial.name, unit="B", unit_scale=True, disable=None)
@@ -96,7 +106,8 @@ def fetch_rest(url, partial):
 def read_shard(path):
     """A shard's tokens, mapped, (count) uint16. ValueError, and the file is removed, if it is no whole shard."""
     header = np.fromfile(path, "<i4", 3)
-    if len(header) < 3 or tuple(header[:2]) != (MAGIC, VERSION) or path.stat().st_size != HEADER + 2 * int(header[2]):
+    ours = len(header) == 3 and tuple(header[:2]) == (MAGIC, VERSION) and header[2] > 0
+    if not ours or path.stat().st_size != HEADER + 2 * int(header[2]):
         path.unlink()
         raise ValueError(f"{path.name} is no whole shard of version {VERSION}; it is removed, start again")
     return np.memmap(path, "<u2", "r", HEADER, (int(header[2]),))
