@@ -40,8 +40,10 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
 # how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32. Two stages (one step
-#   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The router's 16
-#   tokens, and its tiles of 64 x 64, make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
+#   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The experts' tiles
+#   are 128 x 256: a wave's part of them, 64 x 64, reads a third less from LDS for each product than 64 x 32 would, and
+#   Triton 3.6 and 3.7 then let four waves load while the other four multiply (ping-pong). The router's 16 tokens, and its
+#   tiles of 64 x 64, make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, but for the router the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with
 #   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
 #   preset small, 251 us for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a
@@ -60,9 +62,9 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "choose": ("", (4, 1), (4, 1), (4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
-    "swiglu": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 4), (64, 64, 32, 4, 2)),
+    "swiglu": ("BM BN BK", (128, 256, 64, 8, 2), (128, 256, 64, 8, 4), (64, 64, 32, 4, 2)),
     "swiglu_backward": ("BT BF", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
-    "grouped": ("BM BN BK", (128, 128, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
+    "grouped": ("BM BN BK", (128, 256, 64, 8, 2), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2)),
     "merge": ("", (8, 1), (8, 1), (4, 1)),
     "merge_backward": ("AHEAD", (1, 8, 1), (4, 8, 1), (1, 4, 1)),
     "cross_entropy": ("BV", (2048, 4, 1), (4096, 8, 1), (2048, 4, 1)),
@@ -1058,7 +1060,7 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
         acc = tile_product(x + row * D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
         gate, up = tl.split(tl.reshape(acc, (BM, UNITS, 2)))
         u = (column_tile * UNITS + tl.arange(0, UNITS))[None, :]
-        store_matrix(act + row * F, m, rows, u, F, gate * tl.sigmoid(gate) * up)
+        store_matrix(act + row * F, m, rows, u, F, gate * (tl.sigmoid(gate) * up))  # in another order gfx942 spills
         if KEEP:
             store_matrix(hidden + row * 2 * F, m, rows, (column_tile * BN + c)[None, :], 2 * F, acc)
 
