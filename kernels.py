@@ -39,11 +39,12 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
 # how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
-# gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32. Two stages (one step
-#   ahead) for the large products; one for the rest: LDS and registers are better spent on more waves. The experts' tiles
-#   are 128 x 256: a wave's part of them, 64 x 64, reads a third less from LDS for each product than 64 x 32 would, and
-#   Triton 3.6 and 3.7 then let four waves load while the other four multiply (ping-pong). The router's 16 tokens, and its
-#   tiles of 64 x 64, make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
+# gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
+#   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
+#   for the rest: LDS and registers are better spent on more waves. The experts' tiles are 128 x 256: a wave's part of
+#   them, 64 x 64, reads a third less from LDS for each product than 64 x 32 would, and Triton 3.6 and 3.7 then let four
+#   waves load while the other four multiply (ping-pong). The router's 16 tokens, and its tiles of 64 x 64, make 1,024
+#   programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, but for the router the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with
 #   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
 #   preset small, 251 us for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a
@@ -102,7 +103,9 @@ def launch_config(kernel, **most):
     """The constants and launch options of a kernel on the GPU at hand; most: for some of them a bound, or None."""
     names, *columns = TABLE[kernel]
     values = zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns))
-    return {name: min(value, most.get(name) or value) for name, value in values}
+    tiles_of_16 = architecture() == "gfx942" and kernel != "swiglu"  # which would spill
+    mfma = {"matrix_instr_nonkdim": 16} if tiles_of_16 else {}
+    return mfma | {name: min(value, most.get(name) or value) for name, value in values}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -267,7 +267,8 @@ def report():
 def compile_kernel(kernel, args, constants, target):
     """The kernel as it would be compiled for these arguments: sizes that are multiples of 16 are known to be such."""
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in constants}
+    of_launch = "num_warps", "num_stages", "launch_pdl", "matrix_instr_nonkdim"
+    options = {name: constants.pop(name) for name in of_launch if name in constants}
     signature, known, attributes = dict.fromkeys(constants, "constexpr"), dict(constants), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args)):
         if value is None or (isinstance(value, int) and value == 1):
