@@ -104,10 +104,11 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(known)}")
 
 
-# What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: zaya1-8b's is
-# phase 1 of [R] (16.8M tokens a step, 8 trillion in all), nano's was measured, the others' lie between, by width. (Nano,
-# mean bits a byte of four seeds: with a warm-up of 60 steps and lr 0.012, 0.016, 0.02, 0.028 1.468, 1.444, 1.437, 1.468,
-# but with 0.02 eight layers of width 128 leave experts idle; with 20 steps and 0.008, 0.012 1.573, 1.504.)
+# What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: zaya1-8b's
+# is phase 1 of [R] (16.8M tokens a step, 8 trillion in all), nano's was measured, the others' lie between, by width.
+# (Nano, mean bits a byte of four seeds: with a warm-up of 60 steps and lr 0.012, 0.016, 0.02 and 0.028 1.468, 1.444,
+# 1.437 and 1.468, but with 0.02 eight layers of width 128 leave experts idle; with 20 steps and 0.008 and 0.012 1.573
+# and 1.504.)
 RECIPES = {
     "mini": dict(steps=4000, batch_size=256, lr=4e-3, warmup=100, eval_every=500),  # 1 billion tokens
     "small": dict(steps=5700, batch_size=128, lr=1.6e-3, warmup=200, eval_every=500),  # 3 billion
