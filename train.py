@@ -1075,19 +1075,19 @@ def saved_flags(out):
     return flags
 
 
-def new_model(config, given, meta, eot):
-    """A fresh model, or --init_from's with the context length and RoPE bases that the flags give."""
-    if config.init_from is None:
+def new_model(config, given, meta, eot, source):
+    """A fresh model or, if there is a source, that checkpoint's with the context length and RoPE bases that the flags
+    give."""
+    if source is None:
         if "sliding_window" in given and "hybrid_sliding" not in (given.get("layer_types") or []):
             raise ValueError(
                 "--sliding_window is for what --layer_types calls hybrid_sliding, and there is no such layer"
             )
         torch.manual_seed(config.seed)
         return Zaya(model_config(config, given, meta["vocab_size"], eot))
-    path = find_checkpoint(config.init_from)
-    if (path / "trainer.json").exists():  # one of ours, with SHA-256s
-        check(path)
-    model = Zaya.from_pretrained(path, dtype=torch.float32)
+    if (source / "trainer.json").exists():  # one of ours, with SHA-256s
+        check(source)
+    model = Zaya.from_pretrained(source, dtype=torch.float32)
     free = {"rope_theta", "sliding_rope_theta", "max_position_embeddings"}
     changes = flags_of(ZayaConfig, given)
     if fixed := sorted(changes.keys() - free):
@@ -1099,14 +1099,14 @@ def new_model(config, given, meta, eot):
 def starting_point(checkpoint, config, given, folder, meta, eot):
     """(model, record) to go on from: the checkpoint to resume, or a new model at step 0. The record is what checkpoints
     keep of a run beside its tensors. Raises ValueError if the data's tokens are not the model's."""
+    source = checkpoint or (None if config.init_from is None else find_checkpoint(config.init_from))
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
     elif config.eval_only and not config.init_from:
         raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
-        model = new_model(config, given, meta, eot)
+        model = new_model(config, given, meta, eot, source)
         record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
-    source = checkpoint or (config.init_from and find_checkpoint(config.init_from))
     if source and (source / "tokenizer.json").is_file():
         refuse_other_tokens(folder, source)
     if meta["vocab_size"] > model.config.vocab_size:

@@ -19,7 +19,7 @@ Shapes, one letter each:
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past tokens: how many before the current one CCA's two convolutions see
 
-linear, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
+linear, product, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
 configuration offers a choice, CCA, Router, MixtureOfExperts and ResidualScaling are ZAYA1's own; the alternatives, for
 comparison, stand after the model, too.
 """
@@ -128,6 +128,7 @@ def has_kernel(eager):
 
     @wraps(eager)
     def either(*args):
+        # (The one kernel that is not the fastest everywhere is experts: see torch_is_faster.)
         if not on_kernels(args[0]) or (name == "experts" and torch_is_faster(*args[:2])):
             return eager(*args)
         if reason := triton_kernels.unsupported(name, *args):
@@ -1043,9 +1044,9 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# linear takes any shape and has a gradient; times and times_fp32 take two matrices, without one; products and
-# weight_products are one for each expert. Skip this section on a first reading: each docstring begins with what is
-# computed, the rest is how to be quick.
+# linear takes any shape and has a gradient; times and times_fp32 take two matrices, without one, and product a few rows
+# and a matrix; products and weight_products are one for each expert. Skip this section on a first reading: each
+# docstring begins with what is computed, the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):
@@ -1326,6 +1327,34 @@ class LinearByOneDNN(torch.autograd.Function):
         return times(grad, weight.t()), times(grad.t(), x.t())
 
 
+class PreparedProduct:
+    """x (B, in) times a weight (out, in), as fast as that comes from memory.
+
+    One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
+    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
+    numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
+    """
+
+    def __init__(self, weight):
+        self.weight, (self.out, self.size) = weight, weight.shape
+        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
+        self.in_pieces = weight.view(self.pieces, -1, self.size)
+        self.by_onednn = ONEDNN and weight.numel() >= 2**17
+
+    def __call__(self, x):
+        if self.pieces > 1 and len(x) == 1:
+            column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
+            return torch.bmm(self.in_pieces, column).view(1, self.out)
+        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
+
+
+@has_kernel
+def product(x, weight):
+    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
+    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Eager PyTorch or Triton: which of them a function marked @has_kernel is to be
 
@@ -1495,34 +1524,6 @@ class Decoder:
             out, state = layer.experts(normed, state)
             stream, normed = layer.merge(stream, out, *layer.after_experts)
         return normed
-
-
-class PreparedProduct:
-    """x (B, in) times a weight (out, in), as fast as that comes from memory.
-
-    One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
-    oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
-    numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
-    """
-
-    def __init__(self, weight):
-        self.weight, (self.out, self.size) = weight, weight.shape
-        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
-        self.in_pieces = weight.view(self.pieces, -1, self.size)
-        self.by_onednn = ONEDNN and weight.numel() >= 2**17
-
-    def __call__(self, x):
-        if self.pieces > 1 and len(x) == 1:
-            column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
-            return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
-
-
-@has_kernel
-def product(x, weight):
-    """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
-    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
 
 
 class DecoderNorm:
@@ -1858,7 +1859,7 @@ def first_whole(checkpoints, check, say=True):
         try:
             check(checkpoint)
             return checkpoint
-        except (ValueError, OSError, TypeError, AttributeError) as error:
+        except (ValueError, OSError) as error:
             damage = damage or error
             after and say and warn_once(f"{error}; trying {after}")
     raise ValueError(f"no checkpoint of {checkpoints[0].parent} is whole; the newest: {damage}")
