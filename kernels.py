@@ -1310,8 +1310,6 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 # Each of the BV places has a running maximum and sum of its own, so that threads need not wait for each other; the
 # exponential is the same one in both cases, of -|logit - largest|.
 
-LOW = tl.constexpr(-1e30)  # the first maximum: from infinity, infinity could not be subtracted
-
 
 @triton.jit
 def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.constexpr, BV: tl.constexpr):
@@ -1320,14 +1318,15 @@ def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.cons
     logits += n * stride
     target = tl.load(targets + n)
     wanted = tl.load(logits + target).to(tl.float32)
-    largest, total = tl.full((BV,), LOW, tl.float32), tl.zeros((BV,), tl.float32)
+    # The first maximum is finite: what is masked is -infinity, and infinity less infinity would be NaN
+    largest, total = tl.full((BV,), -1e30, tl.float32), tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
         z = tl.load(logits + v0 + lanes, mask=v0 + lanes < V, other=float("-inf")).to(tl.float32)
         share = tl.exp(-tl.abs(z - largest))
         total = tl.where(z > largest, total * share + 1.0, total + share)
         largest = tl.maximum(largest, z)
     most = tl.max(largest, axis=0)
-    log_total = most + tl.log(tl.sum(tl.where(largest > LOW, total * tl.exp(largest - most), 0.0), axis=0))
+    log_total = most + tl.log(tl.sum(total * tl.exp(largest - most), axis=0))
     tl.store(losses + n, log_total - wanted)
     if KEEP:
         for v0 in range(0, stride, BV):
