@@ -553,8 +553,8 @@ def cca_gradient(ctx, grad_q, grad_k, grad_v):
 cca_forward.register_autograd(cca_gradient, setup_context=save_inputs)
 
 
-def one_convolution(depthwise, grouped):
-    """The two convolutions as one -> filters (TAPS, H, in, out) and bias (C), in fp32."""
+def one_convolution(depthwise, grouped, dtype):
+    """The two convolutions as one -> filters (TAPS, H, in, out) in dtype, and bias (C) in fp32."""
     (w, w_bias), (W, W_bias) = depthwise, grouped
     C, h, taps = W.shape
     W = W.float().view(C // h, h, h, taps).permute(3, 0, 2, 1)  # (H, out, in, tap) -> (tap, H, in, out)
@@ -563,24 +563,19 @@ def one_convolution(depthwise, grouped):
     shifted = [torch.nn.functional.pad(W, (0, 0) * 3 + (a, last - a)) for a in range(last + 1)]  # tap b at a + b
     filters = sum(w[..., a] * W_a for a, W_a in enumerate(shifted))
     bias = (w_bias.float().view(C // h, h, 1) * W).sum(dim=(0, 2)).flatten() + W_bias
-    return filters, bias
+    return filters.to(dtype).contiguous(), bias
 
 
 def prepared(depthwise, grouped, dtype):
-    """What one_convolution makes, the filters in dtype. In inference mode it is kept with the weights until one of them
-    changes (which one written to through .data does not tell), for its many small launches are a fifth of what reading
-    a short prompt takes."""
-
-    def prepare():
-        filters, bias = one_convolution(depthwise, grouped)
-        return filters.to(dtype).contiguous(), bias
-
+    """What one_convolution makes. In inference mode it is kept with the weights until one of them changes (which one
+    written to through .data does not tell), for its many small launches are a fifth of what reading a short prompt
+    takes."""
     weights = *depthwise, *grouped
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or weights[0].is_inference():
-        return prepare()
+        return one_convolution(depthwise, grouped, dtype)
     key = dtype, *((weight.data_ptr(), weight._version) for weight in weights)
     if getattr(weights[0], "prepared", (None,))[0] != key:
-        weights[0].prepared = key, prepare()
+        weights[0].prepared = key, one_convolution(depthwise, grouped, dtype)
     return weights[0].prepared[1]
 
 
