@@ -484,15 +484,11 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
     store_matrix(own, in_[:, None], h, out[None, :], h, acc)
 
 
-def is_wide(h, x):
-    """Whether shared memory (LDS) holds fewer stages of heads of h numbers of x's size than the table has."""
-    return h * x.element_size() > 512
-
-
 def cca_config(h, x):
-    """Large heads, and all in fp32, need so many registers that the tokens of a program are fewer."""
-    large = x.dtype == torch.float32 or h > 128
-    return launch_config("cca_large" if large else "cca", num_stages=2 if is_wide(h, x) else None)
+    """Large heads, and all in fp32, need so many registers that the tokens of a program are fewer; and of fp32's stages
+    shared memory holds fewer."""
+    fp32 = x.dtype == torch.float32
+    return launch_config("cca_large" if fp32 or h > 128 else "cca", num_stages=2 if fp32 else None)
 
 
 @operator
@@ -529,7 +525,7 @@ def cca_backward(
     launch(
         cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c,
     )  # fmt: skip
-    c = launch_config("cca_filters", num_stages=1 if is_wide(h, qkv) else None)
+    c = launch_config("cca_filters", num_stages=1 if qkv.dtype == torch.float32 else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (by_part.shape[0], TAPS * H, cdiv(h, c["BK"]))
