@@ -57,10 +57,10 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
-    "router": ("BT BN", (16, 32, 4, 1), (32, 64, 8, 2), (32, 32, 4, 1)),
-    "router_backward": ("BT BN BK", (64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (32, 32, 32, 4, 1)),
+    "router_first": ("BT BN", (16, 32, 4, 1), (32, 64, 8, 2), (32, 32, 4, 1)),
+    "router_tiles": ("BT BN BK", (64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (32, 32, 32, 4, 1)),
     "router_first_backward": ("BT BK", (16, 32, 4, 1), (32, 64, 8, 2), (16, 32, 8, 1)),
-    "choose": ("", (4, 1), (4, 1), (4, 1)),
+    "choose": ("BT", (16, 4, 1), (16, 4, 1), (16, 4, 1)),
     "dispatch": ("BT BD", (32, 256, 4, 1), (32, 256, 4, 1), (32, 256, 4, 1)),
     "combine_backward": ("BT BD", (16, 128, 4, 1), (16, 128, 4, 1), (16, 128, 4, 1)),
     "swiglu": ("BM BN BK", (128, 256, 64, 8, 2), (128, 256, 64, 8, 4), (64, 64, 32, 4, 2)),
@@ -583,17 +583,17 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Router: from its input to the choice (for the few tokens of a decoding step see 7)
 #
-# Forward, one kernel takes BT tokens a program through the first layer, the next through the other two:
+# Forward, a layer is a kernel, which takes BT tokens a program:
 #
 #     state = r + gamma * previous;  normed = norm(state)                        (BT, R)
 #     for BN units of the first layer:   first = normed @ W1[units].T + b1[units];  hidden[units] = gelu(first)
 #
-#     second = hidden @ W2.T + b2;  thought = gelu(second)                       (BT, R)
-#     for BE classes: running max of the logits thought @ W3[classes].T, and sum of exp(logit - max)
-#     for BE classes: the class with the largest probability + bias, and its probability
+#     second = hidden @ W2[units].T + b2[units];  thought = gelu(second)         (BT, BN)
 #
-# Backward starts at the chosen probability and needs what forward has kept: all that has a name above, and all
-# probabilities. A layer's kernel takes the gradient through its matrix and the GELU before it:
+#     p = softmax(thought @ W3.T);  choose the class with the largest p + bias   (BT, BE), all classes
+#
+# Backward starts at the chosen probability and needs what forward has kept: all that has a name above. A layer's kernel
+# takes the gradient through its matrix and the GELU before it:
 #
 #     grad = (grad @ W[:, units]) * slope of GELU at what it was given           (BT, BN)
 #
@@ -629,55 +629,6 @@ def gelu_slope(x):
 
 
 @triton.jit
-def load_classes(W3, balancing, e0, R: tl.constexpr, CLASSES: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """The last layer's weights of BE classes from e0 on, (BR, BE), and their balancing biases, (BE)."""
-    e = e0 + tl.arange(0, BE)
-    w3 = load_matrix(W3, e[None, :], CLASSES, tl.arange(0, BR)[:, None], R)
-    return w3, tl.load(balancing + e, mask=e < CLASSES, other=0.0)
-
-
-@triton.jit
-def logits(thought, w3, e0, CLASSES: tl.constexpr):
-    """Those of BE classes from e0 on, -inf for what is no class. thought (BT, BR), w3 (BR, BE)."""
-    e = e0 + tl.arange(0, w3.shape[1])
-    return tl.where((e < CLASSES)[None, :], dot(thought, w3), float("-inf"))
-
-
-@triton.jit
-def choose(thought, W3, w3, balancing, bias, probability, choice, all_p, n, N, R: tl.constexpr, CLASSES: tl.constexpr,
-           BE: tl.constexpr):  # fmt: skip
-    """From what enters the third layer (BT, BR), and w3 and bias, what load_classes has of the first BE classes, to
-    tokens n's probability and choice, and all_p unless that is None -> the choice (BT) int32."""
-    z = logits(thought, w3, 0, CLASSES)
-    largest = tl.max(z, axis=1)
-    total = tl.sum(tl.exp(z - largest[:, None]), axis=1)
-    for e0 in range(BE, CLASSES, BE):
-        w3, _ = load_classes(W3, balancing, e0, R, CLASSES, w3.shape[0], BE)
-        z = logits(thought, w3, e0, CLASSES)
-        new = tl.maximum(largest, tl.max(z, axis=1))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
-        largest = new
-    best = tl.full((thought.shape[0],), float("-inf"), tl.float32)
-    chosen, p_chosen = tl.zeros((thought.shape[0],), tl.int32), tl.full((thought.shape[0],), float("nan"), tl.float32)
-    for e0 in range(0, CLASSES, BE):
-        e = e0 + tl.arange(0, BE)
-        if CLASSES > BE:  # else both are still the only block's
-            w3, bias = load_classes(W3, balancing, e0, R, CLASSES, w3.shape[0], BE)
-            z = logits(thought, w3, e0, CLASSES)
-        p = tl.exp(z - largest[:, None]) / total[:, None]
-        if all_p is not None:
-            store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
-        score = tl.where((e < CLASSES)[None, :], p + bias[None, :], float("-inf"))
-        top, where = tl.max(score, axis=1, return_indices=True)
-        p_top = tl.sum(tl.where(e[None, :] == e0 + where[:, None], p, 0.0), axis=1)
-        chosen, p_chosen = tl.where(top > best, e0 + where, chosen), tl.where(top > best, p_top, p_chosen)
-        best = tl.maximum(best, top)
-    tl.store(probability + n, p_chosen, mask=n < N)
-    tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
-    return chosen
-
-
-@triton.jit
 def hits(choice, n, N, e):
     """How many of the tokens n below N chose each of the classes e."""
     return tl.sum(((choice[:, None] == e[None, :]) & (n < N)[:, None]).to(tl.int32), axis=0)
@@ -685,9 +636,10 @@ def hits(choice, n, N, e):
 
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
-                        DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state and hidden (N, R); normed and first
-    (N, R), for the backward pass, or None."""
+                        DEEP: tl.constexpr, KEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+                        BN: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state and hidden. KEEP: normed and
+    first, too, for the backward pass. All (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -695,37 +647,52 @@ def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, fi
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
-    if normed is not None:
+    if KEEP:
         store_matrix(normed, n[:, None], N, c[None, :], R, x)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
         y = dot(x, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
-        if first is not None:
+        if KEEP:
             store_matrix(first, n[:, None], N, u[None, :], R, y)
         store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(y))
 
 
 @triton.jit
-def router_choice_kernel(hidden, W2, b2, W3, balancing, probability, choice, counts, second, thought, all_p, N,
-                         R: tl.constexpr, CLASSES: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-                         BE: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): the second layer, the third, the choice. counts (CLASSES) int32 start at 0.
+def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr,
+                         BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT, R / BN): the second layer, from hidden to thought. KEEP: second, too, for the backward pass."""
+    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
+    y = tile_product(hidden, n[:, None], N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
+    if KEEP:
+        store_matrix(second, n[:, None], N, u[None, :], R, y)
+    store_matrix(thought, n[:, None], N, u[None, :], R, gelu(y))
 
-    For the backward pass, or None: second and thought (N, R), all_p (N, CLASSES).
-    """
-    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
-    y = tile_product(hidden, n[:, None], N, W2, c, c < R, R, R, 1, BT, BR, BN) + load_vector(b2, c, R)[None, :]
-    if second is not None:
-        store_matrix(second, n[:, None], N, c[None, :], R, y)
-    y = gelu(y).to(W2.dtype.element_ty)
-    if thought is not None:
-        store_matrix(thought, n[:, None], N, c[None, :], R, y)
-    w3, bias = load_classes(W3, balancing, 0, R, CLASSES, BR, BE)
-    chosen = choose(y, W3, w3, balancing, bias, probability, choice, all_p, n, N, R, CLASSES, BE)
-    for e0 in range(0, CLASSES, BE):
-        e = e0 + tl.arange(0, BE)
-        count = hits(chosen, n, N, e)  # integers may be added in any order
-        tl.atomic_add(counts + e, count, mask=(e < CLASSES) & (count > 0), sem="relaxed")
+
+@triton.jit
+def choose_kernel(thought, W3, balancing, probability, choice, counts, all_p, N, R: tl.constexpr,
+                  CLASSES: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+                  BT: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): the third layer, the softmax, the choice. counts (N / BT, CLASSES) int32: how many of a program's
+    tokens chose each class. KEEP: all probabilities, all_p (N, CLASSES), for the backward pass."""
+    n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BK)
+    let_the_next_start(PDL)
+    w3 = load_matrix(W3, e[None, :], CLASSES, k[:, None], R)  # a step ahead of its use
+    bias = tl.load(balancing + e, mask=e < CLASSES, other=float("-inf"))
+    wait_for_the_kernel_before(PDL)
+    z = tl.zeros((BT, BE), tl.float32)
+    for k0 in range(0, R, BK):
+        z = dot(load_matrix(thought, n[:, None], N, k0 + k[None, :], R), w3, z)
+        w3 = load_matrix(W3, e[None, :], CLASSES, k0 + BK + k[:, None], R)
+    z = tl.where((e < CLASSES)[None, :], z, float("-inf"))
+    p = tl.exp(z - tl.max(z, axis=1)[:, None])
+    p = p / tl.sum(p, axis=1)[:, None]
+    if KEEP:
+        store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
+    chosen = tl.argmax(tl.where(p == p, p + bias[None, :], float("-inf")), axis=1)  # among NaNs, 0
+    p_chosen = tl.sum(tl.where(e[None, :] == chosen[:, None], p, 0.0), axis=1)
+    tl.store(probability + n, p_chosen, mask=n < N)
+    tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
+    tl.store(counts + tl.program_id(0) * CLASSES + e, hits(chosen, n, N, e), mask=e < CLASSES)
 
 
 @triton.jit
@@ -799,23 +766,36 @@ def router_forward(
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and all probabilities
-    (N, classes). Without keep these are empty, but for hidden, which the second kernel reads."""
-    (N, R), CLASSES, c = r.shape, len(W3), launch_config("router")
-    shape, grid = dict(R=R, BR=block(R)) | c, (cdiv(N, c["BT"]),)
-    probability, state = r.new_empty(N, dtype=torch.float32), torch.empty_like(r, dtype=torch.float32)
-    choice, counts = r.new_empty(N, dtype=torch.int64), r.new_zeros(CLASSES, dtype=torch.int32)
-    kept, hidden = N if keep else 0, W1.new_empty(N, R)
-    normed, first, second, thought = (W1.new_empty(kept, R) for _ in range(4))
-    all_p = state.new_empty(kept, CLASSES)
+    (N, classes). Without keep all these are empty, or of no more use."""
+    (N, R), kept = r.shape, len(r) if keep else 0
+    state, hidden, thought = torch.empty_like(r, dtype=torch.float32), W1.new_empty(N, R), W1.new_empty(N, R)
+    normed, first, second = (W1.new_empty(kept, R) for _ in range(3))
+    c = launch_config("router_first")
     launch(
-        router_first_kernel, grid, r, previous, gamma, norm, eps, W1, b1, state,
-        *((normed, first) if keep else [None] * 2), hidden, N, DEEP=previous is not None, **shape,
+        router_first_kernel, (cdiv(N, c["BT"]),), r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden,
+        N, R=R, DEEP=previous is not None, KEEP=keep, BR=block(R), **c,
     )  # fmt: skip
-    launch(
-        router_choice_kernel, grid, hidden, W2, b2, W3, balancing, probability, choice, counts,
-        *((second, thought, all_p) if keep else [None] * 3), N, CLASSES=CLASSES, BE=min(32, block(CLASSES)), **shape,
-    )  # fmt: skip
+    c = launch_config("router_tiles")
+    grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
+    launch(router_second_kernel, grid, hidden, W2, b2, second, thought, N, R=R, KEEP=keep, **c)
+    probability, choice, counts, all_p = choose(thought, W3, balancing, keep)
     return probability, choice, counts, state, normed, first, hidden, second, thought, all_p
+
+
+def choose(thought, W3, balancing, keep):
+    """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), and all probabilities, which
+    without keep are empty."""
+    (N, R), CLASSES, c = thought.shape, len(W3), launch_config("choose")
+    programs, BE = cdiv(N, c["BT"]), block(len(W3))
+    probability, choice = thought.new_empty(N, dtype=torch.float32), thought.new_empty(N, dtype=torch.int64)
+    counts = thought.new_empty(programs, CLASSES, dtype=torch.int32)
+    all_p = thought.new_empty(N if keep else 0, CLASSES, dtype=torch.float32)
+    BK = min(block(R), 2**15 // (BE * W3.element_size()))  # of the matrix 32 KB at a time
+    launch(
+        choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, all_p, N, R=R, CLASSES=CLASSES,
+        KEEP=keep, BE=BE, BK=BK, **pdl(), **c,
+    )  # fmt: skip
+    return probability, choice, counts[0] if programs == 1 else counts.sum(dim=0, dtype=torch.int32), all_p
 
 
 @operator
@@ -829,12 +809,12 @@ def router_backward(
     (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
     grad_first, grad_second, grad_logits = torch.empty_like(first), torch.empty_like(first), first.new_empty(N, width)
-    c = launch_config("router_backward")
+    c = launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
     biases = state.new_empty(grid[0], 2, R)
     launch(
         router_third_backward_kernel, grid, grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second,
-        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **launch_config("router_backward", BK=block(CLASSES)),
+        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **launch_config("router_tiles", BK=block(CLASSES)),
     )  # fmt: skip
     launch(router_second_backward_kernel, grid, grad_second, W2, first, grad_first, biases, N, R=R, **c)
     c = launch_config("router_first_backward")
@@ -1422,21 +1402,6 @@ def merged_product(
     return new, normed, y
 
 
-@triton.jit
-def choose_kernel(thought, W3, balancing, probability, choice, counts, N, R: tl.constexpr, CLASSES: tl.constexpr,
-                  PDL: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip
-    """Grid (1): the router's last layer and its choice, of up to BT tokens."""
-    n = tl.arange(0, BT)
-    let_the_next_start(PDL)
-    w3, bias = load_classes(W3, balancing, 0, R, CLASSES, BR, BE)
-    wait_for_the_kernel_before(PDL)
-    thought = load_matrix(thought, n[:, None], N, tl.arange(0, BR)[None, :], R)
-    chosen = choose(thought, W3, w3, balancing, bias, probability, choice, None, n, N, R, CLASSES, BE)
-    for e0 in range(0, CLASSES, BE):
-        e = e0 + tl.arange(0, BE)
-        tl.store(counts + e, hits(chosen, n, N, e), mask=e < CLASSES)
-
-
 @operator
 def router_of_few(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
@@ -1444,16 +1409,10 @@ def router_of_few(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As zaya.route, of at most 16 tokens: a layer a launch, for a single program would have to read all matrices.
     Depth averaging and norm are a merge, of the previous state, times gamma, and r."""
-    (N, R), state = r.shape, torch.empty_like(r, dtype=torch.float32)
-    probability, choice = state.new_empty(N), r.new_empty(N, dtype=torch.int64)
-    counts = r.new_empty(len(W3), dtype=torch.int32)
+    state = torch.empty_like(r, dtype=torch.float32)
     averaging = previous, gamma, None, None, None, norm, eps, state, None
     thought = gemv(gemv(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
-    launch(
-        choose_kernel, (1,), thought, W3, balancing, probability, choice, counts, N, R=R, CLASSES=len(W3), BT=16,
-        BR=block(R), BE=min(32, block(len(W3))), **pdl(), **launch_config("choose"),
-    )  # fmt: skip
-    return probability, choice, counts, state
+    return *choose(thought, W3, balancing, False)[:3], state
 
 
 @triton.jit
