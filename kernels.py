@@ -229,14 +229,14 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def tile_product(x, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
+def tile_product(x, stride, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr):  # fmt: skip
-    """Rows m (BM, 1) of x (rows, K) times rows `column` (BN) of w (M, K), by its strides, where inside (BN) says so
-    -> (BM, BN) fp32."""
+    """Rows m (BM, 1) of x (rows, stride), of which K columns count, times rows `column` (BN) of w (M, K), by its
+    strides, where inside (BN) says so -> (BM, BN) fp32."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        a = load_matrix(x, m, rows, k[None, :], K)
+        a = tl.load(x + m * stride + k[None, :], mask=(m < rows) & (k[None, :] < K), other=0.0)
         at = w + column[None, :] * stride_m + k[:, None] * stride_k
         acc = dot(a, tl.load(at, mask=inside[None, :] & (k < K)[:, None], other=0.0), acc)
     return acc
@@ -592,13 +592,14 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 #
 #     p = softmax(thought @ W3.T);  choose the class with the largest p + bias   (BT, BE), all classes
 #
-# Backward starts at the chosen probability and needs what forward has kept: all that has a name above. A layer's kernel
-# takes the gradient through its matrix and the GELU before it:
+# Backward starts at the chosen probability. Forward has kept how that changes with each logit (slopes) and all that has
+# a name above but p. One kernel takes the gradient through the third layer's matrix and the GELU before it, and then
+# through the second's:
 #
 #     grad = (grad @ W[:, units]) * slope of GELU at what it was given           (BT, BN)
 #
-# and the last one, with W1, through norm and depth averaging. The gradients of the three matrices are sums over all
-# tokens, products that torch does well.
+# and another, with W1, through norm and depth averaging. The gradients of the three matrices are sums over all tokens,
+# products that torch does well.
 #
 # (One kernel forward and one backward, as this once was, read the least, but they hold so much that an H200's SM had
 # room for two programs, which mostly waited: 16,384 tokens took 51 and 114 us, where issuing all of their instructions
@@ -662,18 +663,22 @@ def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, KE
                          BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (N / BT, R / BN): the second layer, from hidden to thought. KEEP: second, too, for the backward pass."""
     n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
-    y = tile_product(hidden, n[:, None], N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
+    y = tile_product(hidden, R, n[:, None], N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
     if KEEP:
         store_matrix(second, n[:, None], N, u[None, :], R, y)
     store_matrix(thought, n[:, None], N, u[None, :], R, gelu(y))
 
 
 @triton.jit
-def choose_kernel(thought, W3, balancing, probability, choice, counts, all_p, N, R: tl.constexpr,
-                  CLASSES: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
-                  BT: tl.constexpr):  # fmt: skip
+def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N, R: tl.constexpr,
+                  CLASSES: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr,
+                  BK: tl.constexpr, BT: tl.constexpr):  # fmt: skip
     """Grid (N / BT): the third layer, the softmax, the choice. counts (N / BT, CLASSES) int32: how many of a program's
-    tokens chose each class. KEEP: all probabilities, all_p (N, CLASSES), for the backward pass."""
+    tokens chose each class.
+
+    KEEP: slopes (N, WIDTH), for the backward pass, d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e]), and
+    zeros from CLASSES on.
+    """
     n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BK)
     let_the_next_start(PDL)
     w3 = load_matrix(W3, e[None, :], CLASSES, k[:, None], R)  # a step ahead of its use
@@ -686,54 +691,27 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, all_p, N,
     z = tl.where((e < CLASSES)[None, :], z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
-    if KEEP:
-        store_matrix(all_p, n[:, None], N, e[None, :], CLASSES, p)
     chosen = tl.argmax(tl.where(p == p, p + bias[None, :], float("-inf")), axis=1)  # among NaNs, 0
-    p_chosen = tl.sum(tl.where(e[None, :] == chosen[:, None], p, 0.0), axis=1)
+    is_chosen = e[None, :] == chosen[:, None]
+    p_chosen = tl.sum(tl.where(is_chosen, p, 0.0), axis=1)
+    if KEEP:
+        store_matrix(slopes, n[:, None], N, e[None, :], WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
     tl.store(probability + n, p_chosen, mask=n < N)
     tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
     tl.store(counts + tl.program_id(0) * CLASSES + e, hits(chosen, n, N, e), mask=e < CLASSES)
 
 
 @triton.jit
-def through_gelu(g, given, grad, sums, n, N, u, R: tl.constexpr):
-    """g (BT, BN) is the gradient of what GELU returned at tokens n and units u. Write that of what it was given to grad
-    (both (N, R)), and its sums over these tokens to sums (R)."""
+def router_layer_backward_kernel(grad, W, given, grad_given, sums, N, R: tl.constexpr, K: tl.constexpr,
+                                 STRIDE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+                                 BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT, R / BN): from the gradient of a layer's K results (N, STRIDE), through its matrix W (K, R), to that
+    of what the GELU before it was given (N, R). sums (N / BT, R): this one's, for the bias added there."""
+    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
+    g = tile_product(grad, STRIDE, n[:, None], N, W, u, u < R, K, 1, R, BT, BN, BK)
     g *= gelu_slope(load_matrix(given, n[:, None], N, u[None, :], R).to(tl.float32))
-    store_matrix(grad, n[:, None], N, u[None, :], R, g)
-    tl.store(sums + u, tl.sum(g, axis=0), mask=u < R)
-
-
-@triton.jit
-def router_third_backward_kernel(grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second, biases,
-                                 N, R: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
-                                 BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT, R / BN): from the gradient of the chosen probability (N) to those of the logits (zeros up to WIDTH)
-    and of `second`. biases (N / BT, 2, R): sums for b1 and, from here, b2.
-
-    d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e])
-    """
-    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
-    chosen = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
-    dp = load_vector(grad_p, n, N) * load_vector(probability, n, N)
-    g = tl.zeros((BT, BN), tl.float32)
-    for e0 in range(0, CLASSES, BK):
-        e = e0 + tl.arange(0, BK)
-        p = load_matrix(all_p, n[:, None], N, e[None, :], CLASSES)
-        dz = (dp[:, None] * (tl.where(e[None, :] == chosen[:, None], 1.0, 0.0) - p)).to(W3.dtype.element_ty)
-        if tl.program_id(1) == 0:
-            store_matrix(grad_logits, n[:, None], N, e[None, :], WIDTH, dz)
-        g = dot(dz, load_matrix(W3, e[:, None], CLASSES, u[None, :], R), g)
-    through_gelu(g, second, grad_second, biases + (2 * tl.program_id(0) + 1) * R, n, N, u, R)
-
-
-@triton.jit
-def router_second_backward_kernel(grad_second, W2, first, grad_first, biases, N, R: tl.constexpr, BT: tl.constexpr,
-                                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT, R / BN): from the gradient of `second` to that of `first`. biases: here the sums for b1."""
-    n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
-    g = tile_product(grad_second, n[:, None], N, W2, u, u < R, R, 1, R, BT, BN, BK)
-    through_gelu(g, first, grad_first, biases + 2 * tl.program_id(0) * R, n, N, u, R)
+    store_matrix(grad_given, n[:, None], N, u[None, :], R, g)
+    tl.store(sums + tl.program_id(0) * R + u, tl.sum(g, axis=0), mask=u < R)
 
 
 @triton.jit
@@ -745,7 +723,7 @@ def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, ga
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     own, weight = norms + (1 + DEEP) * tl.program_id(0) * R + c, load_vector(norm, c, R)
     x = load_matrix(state, n[:, None], N, c[None, :], R)  # on its way during the product
-    g = tile_product(grad_first, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
+    g = tile_product(grad_first, R, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x *= inverse[:, None]
     tl.store(own, tl.sum(g * x, axis=0), mask=c < R)
@@ -765,8 +743,8 @@ def router_forward(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
     W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and all probabilities
-    (N, classes). Without keep all these are empty, or of no more use."""
+    """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and slopes. Without keep
+    all these are empty, or of no more use."""
     (N, R), kept = r.shape, len(r) if keep else 0
     state, hidden, thought = torch.empty_like(r, dtype=torch.float32), W1.new_empty(N, R), W1.new_empty(N, R)
     normed, first, second = (W1.new_empty(kept, R) for _ in range(3))
@@ -778,45 +756,47 @@ def router_forward(
     c = launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
     launch(router_second_kernel, grid, hidden, W2, b2, second, thought, N, R=R, KEEP=keep, **c)
-    probability, choice, counts, all_p = choose(thought, W3, balancing, keep)
-    return probability, choice, counts, state, normed, first, hidden, second, thought, all_p
+    probability, choice, counts, slopes = choose(thought, W3, balancing, keep)
+    return probability, choice, counts, state, normed, first, hidden, second, thought, slopes
 
 
 def choose(thought, W3, balancing, keep):
-    """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), and all probabilities, which
-    without keep are empty."""
+    """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), and slopes, empty without
+    keep."""
     (N, R), CLASSES, c = thought.shape, len(W3), launch_config("choose")
     programs, BE = cdiv(N, c["BT"]), block(len(W3))
     probability, choice = thought.new_empty(N, dtype=torch.float32), thought.new_empty(N, dtype=torch.int64)
     counts = thought.new_empty(programs, CLASSES, dtype=torch.int32)
-    all_p = thought.new_empty(N if keep else 0, CLASSES, dtype=torch.float32)
+    width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product for W3's gradient a slow one
+    slopes = thought.new_empty(N if keep else 0, width, dtype=torch.float32)
     BK = min(block(R), 2**15 // (BE * W3.element_size()))  # of the matrix 32 KB at a time
     launch(
-        choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, all_p, N, R=R, CLASSES=CLASSES,
-        KEEP=keep, BE=BE, BK=BK, **pdl(), **c,
+        choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, slopes, N, R=R,
+        CLASSES=CLASSES, WIDTH=width, KEEP=keep, BE=BE, BK=BK, **pdl(), **c,
     )  # fmt: skip
-    return probability, choice, counts[0] if programs == 1 else counts.sum(dim=0, dtype=torch.int32), all_p
+    return probability, choice, counts[0] if programs == 1 else counts.sum(dim=0, dtype=torch.int32), slopes
 
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor | None, probability: Tensor, choice: Tensor, state: Tensor, normed: Tensor,
-    first: Tensor, hidden: Tensor, second: Tensor, thought: Tensor, all_p: Tensor, previous: Tensor | None,
-    gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
+    grad_p: Tensor, grad_state: Tensor | None, state: Tensor, normed: Tensor, first: Tensor, hidden: Tensor,
+    second: Tensor, thought: Tensor, slopes: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor,
+    eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; those of b1 and b2
     (2, R), and of norm and gamma (2, R), or norm alone (1, R)."""
-    (N, R), CLASSES, deep = state.shape, len(W3), previous is not None
-    width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product below a slow one
-    grad_first, grad_second, grad_logits = torch.empty_like(first), torch.empty_like(first), first.new_empty(N, width)
-    c = launch_config("router_tiles")
+    (N, R), deep = state.shape, previous is not None
+    grad_logits = torch.mul(grad_p[:, None], slopes, out=torch.empty_like(slopes, dtype=W3.dtype))
+    grad_first, grad_second, c = torch.empty_like(first), torch.empty_like(first), launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
-    biases = state.new_empty(grid[0], 2, R)
+    biases = state.new_empty(2, grid[0], R)
     launch(
-        router_third_backward_kernel, grid, grad_p, probability, choice, all_p, W3, second, grad_logits, grad_second,
-        biases, N, R=R, CLASSES=CLASSES, WIDTH=width, **launch_config("router_tiles", BK=block(CLASSES)),
+        router_layer_backward_kernel, grid, grad_logits, W3, second, grad_second, biases[1], N, R=R, K=len(W3),
+        STRIDE=slopes.shape[1], **launch_config("router_tiles", BK=block(len(W3))),
     )  # fmt: skip
-    launch(router_second_backward_kernel, grid, grad_second, W2, first, grad_first, biases, N, R=R, **c)
+    launch(
+        router_layer_backward_kernel, grid, grad_second, W2, first, grad_first, biases[0], N, R=R, K=R, STRIDE=R, **c,
+    )  # fmt: skip
     c = launch_config("router_first_backward")
     grad_r, grad_previous = torch.empty_like(state, dtype=dtype), state.new_empty(N if deep else 0, R)
     norms = state.new_empty(cdiv(N, c["BT"]), 1 + deep, R)
@@ -824,22 +804,22 @@ def router_backward(
         router_first_backward_kernel, norms.shape[:1], grad_first, W1, grad_state, state, previous, gamma, norm, eps,
         grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
     )  # fmt: skip
-    d_W3 = (grad_logits.t() @ thought)[:CLASSES]
+    d_W3 = (grad_logits.t() @ thought)[: len(W3)]
     d_W1, d_W2 = grad_first.t() @ normed, grad_second.t() @ hidden
-    return grad_r, grad_previous, d_W1, d_W2, d_W3, biases.sum(dim=0), norms.sum(dim=0)
+    return grad_r, grad_previous, d_W1, d_W2, d_W3, biases.sum(dim=1), norms.sum(dim=0)
 
 
 def save_for_router(ctx, inputs, output):
     r, previous, gamma, norm, eps, W1, _, W2, _, W3, *_ = inputs
-    probability, choice, counts, *kept = output
-    ctx.save_for_backward(probability, choice, *kept, previous, gamma, norm, W1, W2, W3)
+    _, choice, counts, *kept = output
+    ctx.save_for_backward(*kept, previous, gamma, norm, W1, W2, W3)
     ctx.eps, ctx.dtype = eps, r.dtype
     without_gradient(ctx, choice, counts, *kept[1:])
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
     *made, previous, gamma, norm, W1, W2, W3 = ctx.saved_tensors
-    grad_p = torch.zeros_like(made[0]) if grad_p is None else grad_p.contiguous()
+    grad_p = made[0].new_zeros(len(made[0])) if grad_p is None else grad_p
     grad_state = None if grad_state is None else grad_state.contiguous()  # nobody takes the last layer's state
     layers = norm, ctx.eps, W1, W2, W3, ctx.dtype
     grad_r, d_previous, d_W1, d_W2, d_W3, biases, norms = router_backward(
@@ -1031,7 +1011,7 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
         expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
         unit = column_tile * UNITS + c // 2
         w = weight + expert * 2 * F * D
-        acc = tile_product(x + row * D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
+        acc = tile_product(x + row * D, D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
         gate, up = tl.split(tl.reshape(acc, (BM, UNITS, 2)))
         u = (column_tile * UNITS + tl.arange(0, UNITS))[None, :]
         store_matrix(act + row * F, m, rows, u, F, gate * (tl.sigmoid(gate) * up))  # in another order gfx942 spills
@@ -1067,7 +1047,7 @@ def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, 
         expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
         c = column_tile * BN + tl.arange(0, BN)
         w = weight + expert * stride_e
-        acc = tile_product(x + row * K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
+        acc = tile_product(x + row * K, K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
         store_matrix(out + row * M, m, rows, c[None, :], M, acc)
 
 
