@@ -853,11 +853,9 @@ def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
 @triton.jit
 def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
     """Grid (N / BT). counts (E, N / BT) int32."""
-    n = tl.program_id(0) * BT + tl.arange(0, BT)
+    n, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BE)
     expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
-    for e0 in range(0, E, BE):
-        e = e0 + tl.arange(0, BE)
-        tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits(expert, n, N, e), mask=e < E)
+    tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits(expert, n, N, e), mask=e < E)
 
 
 @triton.jit
@@ -907,7 +905,7 @@ def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]
     BT, BD = c["BT"], c["BD"]
     blocks = cdiv(N, BT)
     counts = choice.new_empty(E, blocks, dtype=torch.int32)
-    launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=min(32, block(E)), num_warps=4, num_stages=1)
+    launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=block(E), num_warps=4, num_stages=1)
     ends = counts.flatten().cumsum(dim=0, dtype=torch.int64)
     sorted_x, place = torch.empty_like(x), torch.empty_like(choice)
     launch(dispatch_kernel, (blocks, cdiv(D, BD)), x, choice, counts, ends, sorted_x, place, N, D, **c)
