@@ -1045,8 +1045,8 @@ class DenseMLP(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
 # linear takes any shape and has a gradient; times and times_fp32 take two matrices, without one, and product a few rows
-# and a matrix; products and weight_products are one for each expert. Skip this section on a first reading: each
-# docstring begins with what is computed, the rest is how to be quick.
+# and a matrix; products are one for each expert. Skip this section on a first reading: each docstring begins with what
+# is computed, the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):
@@ -1062,13 +1062,13 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU nothing waits for them. The loop, which takes
-    the other dtypes and the widths that are no multiple of 16 bytes, does; so does grouped_mm's own on ROCm.
+    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU nothing waits for them. Products, which takes
+    the other dtypes and the widths that are no multiple of 16 bytes, does; so does grouped_mm's own loop on ROCm.
     """
     if takes_grouped_mm(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     rows = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([x_e @ w_e.t() for x_e, w_e in zip(x.split(rows), weight.unbind())])
+    return Products.apply(x, weight, rows)
 
 
 def takes_grouped_mm(x, weight):
@@ -1095,43 +1095,14 @@ class Permute(torch.autograd.Function):
 
 
 def experts_on_cpu(x, probability, choice, gate_up, down):
-    """dispatch, experts and combine on a CPU, in few passes over memory."""
-    run = ExpertsOnCPU.apply
+    """dispatch, experts and combine on a CPU, with rows as places makes them."""
     if torch.compiler.is_compiling():  # how many tokens each expert gets, and so the shapes, only the run will tell
-        run = torch.compiler.disable(run)
-    return run(x, probability.to(x.dtype), choice, gate_up, down)
-
-
-class ExpertsOnCPU(torch.autograd.Function):
-    """x (N, D), probability and choice (N), gate_up (E, 2F, D), down (E, D, F) -> (N, D)."""
-
-    @staticmethod
-    def forward(ctx, x, probability, choice, gate_up, down):
-        place, rows = places(choice, len(down))
-        x = x.new_zeros(sum(rows), x.shape[1]).index_copy_(0, place, x)
-        hidden = products(x, gate_up, rows)
-        gate, up = hidden.chunk(2, dim=-1)
-        act = F.silu(gate).mul_(up)
-        y, p = products(act, down, rows).index_select(0, place), probability[:, None]
-        ctx.save_for_backward(x, p, gate_up, down, place, hidden, act, y)
-        ctx.rows = rows
-        return y * p
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, p, gate_up, down, place, hidden, act, y = ctx.saved_tensors
-        grad_p = (grad * y).sum(dim=-1)
-        grad = grad.new_zeros(len(x), grad.shape[1]).index_copy_(0, place, grad * p)
-        grad_act = products(grad, down.mT, ctx.rows)
-        grad_down = weight_products(grad, act, ctx.rows)
-        gate, up = hidden.chunk(2, dim=-1)
-        grad_hidden = torch.empty_like(hidden)
-        grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad_act, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
-        grad_gate_up = weight_products(grad_hidden, x, ctx.rows)
-        grad_x = products(grad_hidden, gate_up.mT, ctx.rows).index_select(0, place)
-        return grad_x, grad_p, None, grad_gate_up, grad_down
+        return torch.compiler.disable(experts_on_cpu)(x, probability, choice, gate_up, down)
+    place, rows = places(choice, len(down))
+    x = x.new_zeros(sum(rows), x.shape[1]).index_copy_(0, place, x)
+    gate, up = Products.apply(x, gate_up, rows).chunk(2, dim=-1)
+    y = Products.apply(F.silu(gate) * up, down, rows)
+    return y.index_select(0, place) * probability[:, None].to(y.dtype)
 
 
 def places(choice, E):
@@ -1147,20 +1118,30 @@ def places(choice, E):
     return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
-def products(x, weight, rows):
+class Products(torch.autograd.Function):
     """x (sum(rows), in), cut into E pieces of rows[e] rows, each times its own weight[e].T, weight (E, out, in)
     -> (sum(rows), out)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, rows):
+        ctx.save_for_backward(x, weight)
+        ctx.rows = rows
+        return products(x, weight, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_weight = torch.empty_like(weight)
+        for grad_e, x_e, out_e in zip(grad.split(ctx.rows), x.split(ctx.rows), grad_weight):
+            times(grad_e.t(), x_e.t(), out=out_e)
+        return products(grad, weight.mT, ctx.rows), grad_weight, None
+
+
+def products(x, weight, rows):
+    """What Products computes, without a gradient."""
     out = x.new_empty(len(x), weight.shape[1])
     for x_e, w_e, out_e in zip(x.split(rows), weight, out.split(rows)):
         times(x_e, w_e, out=out_e)
-    return out
-
-
-def weight_products(grad, x, rows):
-    """The weight's gradient in `products`: piece by piece grad.T @ x -> (E, out, in)."""
-    out = x.new_empty(len(rows), grad.shape[1], x.shape[1])
-    for grad_e, x_e, out_e in zip(grad.split(rows), x.split(rows), out):
-        times(grad_e.t(), x_e.t(), out=out_e)
     return out
 
 
