@@ -1551,7 +1551,6 @@ class DecoderLayer:
         self.mean_of_heads = mean.mT.expand(B, H, H)
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
         self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
-        self.shortest = torch.tensor(torch.finfo(torch.float32).eps)
         half = config.rotary_dim // 2
         self.parts, self.turning = (H * h, self.Hk * h - cache.late, cache.late), (half, half, h - 2 * half)
         norm = DecoderNorm(block.post_attention_layernorm)
@@ -1586,7 +1585,7 @@ class DecoderLayer:
         seen = torch.cat([self.past, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
         self.past = seen.narrow(2, 1, seen.shape[2] - 1)
         x = torch.baddbmm(mean.transpose(0, 1), seen.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
-        norm = torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.shortest)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
         x = x * (self.lengths / norm)
         x1, x2, rest = x.split_with_sizes(self.turning, dim=2)
         q, k = torch.addcmul(x * cos, torch.cat([x2, x1, rest], dim=2), sin).split_with_sizes([self.Hq, Hk], dim=1)
@@ -1596,10 +1595,7 @@ class DecoderLayer:
         first = max(0, position + 1 - (self.window or position + 1))
         count = position + 1 - first
         k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
-        if B > 1:
-            out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
-        else:
-            out = torch.bmm(torch.bmm(q.view(Hk, -1, h), k[0].mT).softmax(dim=-1), v[0])
+        out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
         return self.o_proj(out.reshape(B, -1))
 
     def experts(self, normed, previous):
