@@ -634,11 +634,13 @@ class Zaya(nn.Module):
         """hidden (..., D) -> (..., V) in fp32."""
         if torch.is_grad_enabled():
             return linear(hidden.float(), self.head.float())
-        # The same without a gradient: times_fp32() makes no fp32 copy of a bf16 head on a GPU, and product() is the
-        # faster one for a single row in fp32.
-        rows = hidden.flatten(0, -2)
-        multiply = product if len(rows) == 1 and self.head.dtype == torch.float32 else times_fp32
-        return multiply(rows, self.head).unflatten(0, hidden.shape[:-1])
+        # The same without a gradient, faster: no fp32 copy of a head in bf16 on a GPU; product, for a single row.
+        rows, head = hidden.flatten(0, -2), self.head
+        if head.is_cuda and head.dtype != torch.float32:
+            logits = torch.mm(rows, head.t(), out_dtype=torch.float32)
+        else:
+            logits = (product if len(rows) == 1 else linear)(rows.float(), head.float())
+        return logits.unflatten(0, hidden.shape[:-1])
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
@@ -1044,9 +1046,9 @@ class DenseMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
-# linear takes any shape and has a gradient; times and times_fp32 take two matrices, without one, and product a few rows
-# and a matrix; products are one for each expert. Skip this section on a first reading: each docstring begins with what
-# is computed, the rest is how to be quick.
+# linear takes any shape and has a gradient; times takes two matrices, without one, and product a few rows and a matrix;
+# products are one for each expert. Skip this section on a first reading: each docstring begins with what is computed,
+# the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):
@@ -1256,13 +1258,6 @@ def minus_one_hot(p, y):
 LOGITS_AT_ONCE = {False: 2**20, True: 2**29}
 VOCABULARY_MULTIPLE = {False: 1, True: 64}
 FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
-
-
-def times_fp32(a, b):
-    """a @ b.T, accumulated and returned in fp32, of matrices that may be bf16."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    return times(a.float(), b.float())
 
 
 def times(a, b, out=None):
