@@ -36,7 +36,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_origin
@@ -1963,31 +1963,6 @@ def parse_flags(description, *classes):
 
     Returns {name: value} of the flags given. An unknown flag or a malformed value ends in one line and exit status 2.
     """
-
-    def reader(kind):
-        kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
-
-        def read(text):
-            if NoneType in kinds and text.lower() == "none":
-                return None
-            if bool in kinds:
-                words = {"0": False, "false": False, "1": True, "true": True}
-                return words[text.lower()] if text.lower() in words else fail(text)
-            if int in kinds:
-                return int(text) if text.isdecimal() else int(float(text)) if float(text).is_integer() else fail(text)
-            if float in kinds:
-                return float(text)
-            if str in kinds:
-                return text
-            # One word of a list, or several with commas between, which a file's name may have, too
-            return [text] if Path(text).exists() else text.split(",")
-
-        def fail(text):
-            raise ValueError(text)
-
-        read.__name__ = getattr(kinds[0], "__name__", "list")
-        return read
-
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -1995,10 +1970,10 @@ def parse_flags(description, *classes):
         group, source = parser.add_argument_group(cls.__name__), inspect.getsource(cls)
         for field in fields(cls):
             comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)[1].replace("%", "%%")
-            kinds = field.type, *get_args(field.type)
+            kinds = get_args(field.type) or (field.type,)
             flag = {"nargs": "?", "const": True} if bool in kinds else {"nargs": "+"} if list[str] in kinds else {}
             group.add_argument(
-                f"--{field.name}", type=reader(field.type), default=argparse.SUPPRESS,
+                f"--{field.name}", type=partial(read_flag, kinds), default=argparse.SUPPRESS,
                 metavar=field.name.split("_")[-1].upper(), help=f"{comment} (default: {field.default})", **flag,
             )  # fmt: skip
     given = vars(parser.parse_args())
@@ -2006,6 +1981,27 @@ def parse_flags(description, *classes):
         if isinstance(value, list):
             given[name] = None if value == [None] else [word for words in value for word in words or []]
     return given
+
+
+def read_flag(kinds, text):
+    """What the text after a flag stands for, as one of its field's types."""
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    try:
+        if bool in kinds:
+            return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
+        if int in kinds and not text.isdecimal() and float(text).is_integer():  # 1e9, say
+            return int(float(text))
+        if int in kinds:
+            return int(text)
+        if float in kinds:
+            return float(text)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"invalid {kinds[0].__name__} value: {text!r}") from None
+    if str in kinds:
+        return text
+    # One word of a list, or several with commas between, which a file's name may have, too
+    return [text] if Path(text).exists() else text.split(",")
 
 
 @contextmanager
