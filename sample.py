@@ -149,28 +149,24 @@ class Speed:
     """How fast texts came, and how many bytes were read for them."""
 
     def __init__(self, model, config, prompt_tokens):
-        self.model, self.config, self.prompt_tokens, self.count, self.kept = model, config, prompt_tokens, 0, 0
-        self.started = self.now = time.perf_counter()
+        self.model, self.config, self.prompt_tokens = model, config, prompt_tokens
+        self.times, self.kept = [time.perf_counter()], []
 
     def tick(self, kept):
         """One more token for every text; `kept` of them belong to texts that had not ended."""
-        self.now, self.count, self.kept = time.perf_counter(), self.count + 1, self.kept + kept
-        if self.count == 1:
-            self.first = self.now
-        if self.count == 2:
-            self.second, self.kept_by_second = self.now, self.kept
+        self.times.append(time.perf_counter())
+        self.kept.append(kept)
 
     @property
     def tokens_per_s(self):
         """Of all texts, from the third token on: the first one is the prompt's, and before the second decoding is made
         ready. Of fewer tokens, all."""
-        if self.count < 3:
-            return self.kept / (self.now - self.started)
-        return (self.kept - self.kept_by_second) / (self.now - self.second)
+        skip = 2 if len(self.kept) > 2 else 0
+        return sum(self.kept[skip:]) / (self.times[-1] - self.times[skip])
 
     @property
     def steps_per_s(self):
-        return (self.count - 2) / (self.now - self.second)
+        return (len(self.kept) - 2) / (self.times[-1] - self.times[2])
 
     def bytes_a_step(self, busy=None):
         """Bytes read for one step: all weights but those of idle experts, and keys and values half-way through the
@@ -182,16 +178,17 @@ class Speed:
             for name, p in self.model.named_parameters()
             if c.tie_word_embeddings or "embed_tokens" not in name
         )
-        past = min(self.prompt_tokens + self.count / 2, c.max_position_embeddings)
+        past = min(self.prompt_tokens + len(self.kept) / 2, c.max_position_embeddings)
         number = self.model.head.element_size()
         return size + B * positions_seen(c, past) * 2 * c.num_key_value_heads * c.head_dim * number
 
     def report(self):
         """One line."""
         device, rate, power = self.config.device, self.tokens_per_s, watts(self.config.device)
-        line = f"{self.prompt_tokens} prompt tokens, the first new one after {1e3 * (self.first - self.started):.0f} ms"
-        line += f"; {self.kept} new ones at {rate:.1f} tokens/s"
-        if self.count > 2:
+        first_ms = 1e3 * (self.times[1] - self.times[0])
+        line = f"{self.prompt_tokens} prompt tokens, the first new one after {first_ms:.0f} ms"
+        line += f"; {sum(self.kept)} new ones at {rate:.1f} tokens/s"
+        if len(self.kept) > 2:
             read, top = self.bytes_a_step() * self.steps_per_s, read_bandwidth(device)
             line += f", {read / 1e9:.3g} GB/s read, {read / top:.0%} of the {top / 1e9:.3g} GB/s to be had"
             if self.config.num_samples > 1 and self.model.routers:

@@ -63,10 +63,9 @@ def write(model, batch, prompt, new):
     texts = [tokens]
     for count, token in enumerate(model.next_tokens(tokens, new, temperature=0), start=1):
         texts.append(token[:, None])
-        if count in (1, 2, new):
+        if count in (1, 2, new):  # the times that count
             wait(device)
-            speed.tick(batch)
-    speed.count, speed.kept = new, new * batch
+        speed.tick(batch)
     busy = share_of_experts(model, torch.cat(texts, dim=1)[:, prompt:])
     return speed.tokens_per_s, speed.bytes_a_step(busy) * speed.steps_per_s
 

@@ -147,7 +147,7 @@ def test_bytes_read_for_a_token():
     config = replace(PRESETS["nano"], vocab_size=100, num_hidden_layers=2)
     model, flags = Zaya(config), sample.SampleConfig(device="cpu")
     speed = sample.Speed(model, flags, prompt_tokens=10)
-    speed.count = 20
+    speed.kept = [1] * 20
     idle = 15 * 2 * 3 * 256 * 256  # 15 of 16 experts, 2 layers, 3 matrices
     cached = 20 * 2 * 2 * 1 * 32  # half-way: 20 positions, keys and values, 2 layers, one head of 32
     assert speed.bytes_a_step() == 4 * (sum(p.numel() for p in model.parameters()) - idle + cached)
@@ -231,7 +231,7 @@ def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: (torch.tensor(column) for column in columns))
     shown = []
     rows, speed = writer.write([1, 2], shown.append)
-    assert rows == [[5], [6, 6, 6]] and shown == [5] and (speed.count, speed.kept) == (4, 4)
+    assert rows == [[5], [6, 6, 6]] and shown == [5] and speed.kept == [2, 1, 1, 0]
 
 
 def test_a_text_begins_with_one_bos(finished):
