@@ -481,9 +481,9 @@ class MixtureOfExperts(nn.Module):
 def dispatch(x, choice, num_experts):
     """Bring the tokens of each expert together: x (N, D) and choice (N), each below num_experts
     -> x sorted by expert (N, D), place: the row that each token has there (N), where each expert's rows end (E)."""
-    order = choice.argsort(stable=True)
+    place = inverse_permutation(choice.argsort(stable=True))
     offsets = tally(choice, num_experts).cumsum(dim=0, dtype=torch.int32)
-    return Permute.apply(x, order), inverse_permutation(order), offsets
+    return move_rows(x, place), place, offsets
 
 
 @has_kernel
@@ -496,7 +496,7 @@ def experts(x, gate_up, down, offsets):
 @has_kernel
 def combine(y, place, probability):
     """Every token's result back from its row, times its probability (N). y (N, D) -> (N, D)."""
-    return Permute.apply(y, place) * probability[:, None].to(y.dtype)
+    return move_rows(y, inverse_permutation(place)) * probability[:, None].to(y.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1082,18 +1082,9 @@ def inverse_permutation(order):
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-class Permute(torch.autograd.Function):
-    """x[order], whose gradient is one copy back (autograd's own would add rows one by one)."""
-
-    @staticmethod
-    def forward(ctx, x, order):
-        ctx.save_for_backward(order)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        return torch.empty_like(grad).index_copy_(0, order, grad), None
+def move_rows(x, place):
+    """Row n of x (N, D) to row place[n]. Its gradient is one copy back (x[order]'s would add rows one by one)."""
+    return torch.empty_like(x).index_copy_(0, place, x)
 
 
 def experts_on_cpu(x, probability, choice, gate_up, down):
