@@ -694,7 +694,8 @@ class Zaya(nn.Module):
         """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
         sees."""
         use_kernels(self.kernels)
-        if Decoder.suits(self):
+        on_cpu_in_fp32 = (self.head.device.type, self.head.dtype) == ("cpu", torch.float32)
+        if on_cpu_in_fp32 and self.kernels != "triton" and self.config.is_zaya1:
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
 
@@ -1457,11 +1458,6 @@ PRESETS = {
 
 class Decoder:
     """Takes over from a cache that has read the prompt."""
-
-    @staticmethod
-    def suits(model):
-        on_cpu_in_fp32 = (model.head.device.type, model.head.dtype) == ("cpu", torch.float32)
-        return on_cpu_in_fp32 and model.kernels != "triton" and model.config.is_zaya1
 
     def __init__(self, model, cache):
         config, h = model.config, model.config.head_dim

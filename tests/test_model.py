@@ -443,12 +443,11 @@ def test_what_comes_after_the_last_end_is_cut(monkeypatch):
     assert text[:, 3:].tolist() == [[5, 9, 8, 8], [6, 6, 6, 9]]
 
 
-@pytest.mark.parametrize("kind", ["eager", "decoder"])
-def test_a_prompt_that_fills_the_context(kind, monkeypatch):
-    """The first new token comes from a full cache; the second from the second half, read again."""
-    model, tokens = random_model(max_position_embeddings=8), random_tokens(2, 8)
-    if kind == "eager":
-        monkeypatch.setattr(zaya.Decoder, "suits", staticmethod(lambda model: False))
+@pytest.mark.parametrize("router", ["zaya", "no_eda"])
+def test_a_prompt_that_fills_the_context(router):
+    """The first new token comes from a full cache; the second from the second half, read again. By Decoder, and, as
+    what is no ZAYA1, without."""
+    model, tokens = random_model(max_position_embeddings=8, router=router), random_tokens(2, 8)
     text = model.generate(tokens, 3, temperature=0)
     assert text[:, 8].equal(model(tokens)[0][:, -1].argmax(dim=-1))
     assert text[:, 9].equal(model(text[:, 5:9])[0][:, -1].argmax(dim=-1))
