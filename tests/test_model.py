@@ -956,7 +956,7 @@ def test_shards_by_their_index(checkpoint):
         path / "model.safetensors.index.json",
         weight_map={n: f"model-{1 + i % 2}.safetensors" for i, n in enumerate(names)},
     )
-    with pytest.raises(FileNotFoundError, match="model-2.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match="model-2.safetensors"):
         Zaya.from_pretrained(path)
     save_safetensors(path / "model-2.safetensors", {name: tensors[name] for name in names[1::2]})
     model = Zaya.from_pretrained(path)
