@@ -31,10 +31,6 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 # What a tokenizer may consist of on disk; ours is the first two.
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
-# Chats that need no template engine: the marks around a turn, and what the model's own turns are called.
-TURNS = [("<start_of_turn>", "<end_of_turn>", "model"), ("<|im_start|>", "<|im_end|>", "assistant")]
-TRIMMED = r"\bcontent['\"]?\]?\s*(\|\s*trim\b|\.strip\(\))"  # in a template
-
 
 class Tokenizer:
     """A tiktoken.Encoding. name; n_vocab; eot: the id between documents, or None. Special tokens in a text are text."""
@@ -122,31 +118,39 @@ class ForeignTokenizer:
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
 
-    def turns(self, question):
-        """A chat's first turn and the beginning of its second, after bos where the template has it
-        -> (ids, the id that ends the answer).
+    def render(self, *turns, **more):
+        """The text of a chat of turns, (role, content) each, as transformers makes it of the chat template."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings along
 
-        A question that begins turns itself (where none are known here: that has any special token) is taken for a
-        rendered chat. ValueError for a template not known here.
-        """
+        def fail(message):
+            raise ValueError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ends = {"bos_token": self.bos, "eos_token": self.eot}
+        more |= {name: self.backend.id_to_token(i) for name, i in ends.items() if i is not None}
+        try:
+            return environment.from_string(self.template).render(messages=messages, raise_exception=fail, **more)
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"the chat template of {self.name}: {error}") from None
+
+    def turns(self, question):
+        """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer). Special tokens in
+        the question are text. ValueError without a template that takes a question, or if it fails."""
+        chat = self.render(("user", " \0 "), add_generation_prompt=True)  # NUL: here the question goes
+        if "\0" not in chat:
+            raise ValueError(f"the tokenizer {self.name} has no chat template that takes a question")
+        if " \0 " not in chat:  # the template trims it
+            question = question.strip()
         special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        known = [turns for turns in TURNS if turns[0] in self.template and {*turns[:2]} <= set(special)]
-        if any(mark in question for mark in ([known[0][0]] if known else special)):
-            self.backend.encode_special_tokens = False
-            ids = self.encode(question)
-            self.backend.encode_special_tokens = True
-            return ids, special[known[0][1]] if known else self.eot
-        if not known or not is_plain(self.template, known[0]):
-            raise ValueError(
-                f"the chat template of {self.name} is no plain one: let transformers' apply_chat_template render the "
-                "chat, and give --chat what it returns"
-            )
-        begin, end, role = known[0]
-        bos = [self.bos] if "bos_token" in self.template and self.bos is not None else []
-        question = question.strip() if re.search(TRIMMED, self.template) else question
-        turns = [begin, f"user\n{question}", end, "\n", begin, f"{role}\n"]
-        ids = [i for part in turns for i in ([special[part]] if part in special else self.encode(part))]
-        return bos + ids, special[end]
+        marks = re.compile("(" + "|".join([*map(re.escape, special), "(?!)"]) + ")")  # (?!) is nowhere
+        ids = []
+        for part in marks.split(chat.replace(" \0 ", "\0")):
+            ids += [special[part]] if part in special else self.encode(part.replace("\0", question))
+        _, _, after = self.render(("user", "?"), ("assistant", "\0")).rpartition("\0")
+        end = marks.search(after)
+        return ids, special[end[0]] if end else self.eot
 
     def save(self, folder):
         write_files(folder, self.files)
@@ -171,29 +175,6 @@ def load_tokenizer(name_or_folder):
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return from_json(spec, folder) or ForeignTokenizer(folder)
-
-
-def is_plain(template, turns):
-    """Whether a chat template (Jinja) writes turns and no more: among what stands outside of its tags and what it
-    quotes in them are both marks, each with its line break, and beside them the names of roles and of their fields.
-    Anything else would be thoughts, tools or a system's prompt."""
-    begin, end, role = turns
-    template = re.sub(r"raise_exception\(.*?\)", "", template)
-    quotes, tag = r"'([^']*)'" + '|"([^"]*)"', re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
-    outside, quoted = tag.sub("", template), [a or b for a, b in re.findall(quotes, template)]
-    code = " ".join(tag.findall(re.sub(quotes, lambda quote: "content" * (quote[0][1:-1] == "content"), template)))
-    written = "".join([outside, *quoted]).replace("\\n", "\n")
-    names = f"{re.escape(begin)}|{re.escape(end)}" + r"|\\n|\b(user|assistant|model|system|role|content)\b"
-    return (
-        re.search(re.escape(f"{begin}{role}\n") + r"(?!\n)", written) is not None
-        and f"{end}\n" in written
-        and not re.sub(names, " ", " ".join([outside, *quoted])).strip()
-        # White space that turns do not have, or that stands after an expression
-        and not any(re.search(r" |(\n|\\n)(\n|\\n|" + re.escape(end) + ")", part) for part in quoted)
-        and not re.search(r"[^-]\}\}\s+(?!\{.-)\S", template)
-        # A filter or a method that changes what is written, but for white space around the question
-        and not re.search(r"\|\s*\w|\.\w+\(", re.sub(TRIMMED, "", code))
-    )
 
 
 def char_tokenizer(texts):

@@ -163,6 +163,12 @@ CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+THINKING = (  # a system's prompt, a block on a line of its own, no mark at the answer's end
+    "You are a helpful cab.\n{% for message in messages %}\n"
+    "    {% if message.role == 'system' %}{% continue %}{% endif %}\n"
+    "{{ message.role | upper }}: {{ message.content }}\n{% endfor %}\n"
+    "{% if add_generation_prompt %}\n<start_of_turn><think>{% endif %}"
+)
 QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
 
 
@@ -177,7 +183,11 @@ def chatting(folder, template):
     return folder
 
 
-@pytest.mark.parametrize("template, end", [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>")], ids=["Gemma", "ChatML"])
+@pytest.mark.parametrize(
+    "template, end",
+    [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>"), (THINKING, "<eos>")],
+    ids=["Gemma", "ChatML", "another"],
+)
 def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, end):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
@@ -189,13 +199,11 @@ def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, e
     assert ours.turns(QUESTION[0]["content"]) == expected
     bos = ours.backend.token_to_id("<bos>")
     assert (expected[0][0] == bos) == ("bos_token" in template)
-    rendered = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    assert ours.turns(rendered) == expected
-    assert bos not in ours.encode(rendered)  # elsewhere special tokens in a text stay text
+    assert bos not in ours.encode("<bos>a")  # elsewhere special tokens in a text stay text
 
 
 def test_a_special_token_in_a_question_is_text(tmp_path):
-    """...and does not make it a rendered chat; white space around it goes only where the template trims."""
+    """White space around it goes only where the template trims."""
     tokenizer = load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(" | trim", "")))
     ids, _ = tokenizer.turns(" what is <eos>?")
     assert tokenizer.decode(ids) == "<bos><start_of_turn>user\n what is <eos>?<end_of_turn>\n<start_of_turn>model\n"
@@ -203,27 +211,21 @@ def test_a_special_token_in_a_question_is_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plain, other",
+    "template, message",
     [
-        ("model\n'}}", "model\n'}}{{ '<think>\n' }}"),
-        ("model\n'}}", "model\n'}}<think>"),
-        ("model\n'}}", "model\n\n'}}"),
-        ("{% for", "{{ 'You are a helpful assistant' }}{% for"),
-        ("{% for", "Be helpful.{% for"),
-        ("{% for", '{{ "<tools>" }}{% for'),
-        ("{{ bos_token }}", "{{ bos_token }}\n"),
-        ("model", "assistant"),
-        ("<end_of_turn>\n", "<end_of_turn>"),
-        ("<end_of_turn>\n", "\n<end_of_turn>\n"),
-        ("<start_of_turn>'", "<start_of_turn> '"),
-        ("+ role", "+ role | upper"),
-        ("message['content'] |", "(message['content']) |"),
+        ("", "no chat template"),
+        ("{{ bos_token }}", "no chat template"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{% for", "the chat template of chat"),
+        (
+            "{{ messages.append(1) }}",
+            "the chat template of chat",
+        ),  # it may change nothing, for it comes with a download
     ],
 )
-def test_a_template_that_does_more_is_left_to_transformers(tmp_path, plain, other):
-    assert plain in PLAIN and PLAIN.replace(plain, other) != PLAIN
-    with pytest.raises(ValueError, match="apply_chat_template"):
-        load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(plain, other))).turns("a")
+def test_a_template_that_takes_no_question_is_refused(tmp_path, template, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(chatting(tmp_path / "chat", template)).turns("a")
 
 
 @pytest.mark.parametrize("config", ["", "[]", '{"bos_token": 5}'])
