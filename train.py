@@ -296,25 +296,12 @@ def say_memory(plan, ranks):
     print(line + "\n", end="", flush=True)  # in one piece, for the other ranks print, too
 
 
-class Clock:
-    """Where a run's time goes. `with clock("data"):` adds its block's seconds to spent; steps has every step's ms."""
-
-    def __init__(self):
-        self.spent, self.steps = {"data": 0.0, "evaluation": 0.0, "checkpoints": 0.0}, []
-
-    @contextmanager
-    def __call__(self, what):
-        start = time.perf_counter()
-        yield
-        self.spent[what] += time.perf_counter() - start
-
-    def summary(self):
-        (p50, p95), spent = np.percentile(self.steps, (50, 95)), self.spent
-        return (
-            f"a step took {p50:.0f} ms (p50), {p95:.0f} (p95), {max(self.steps):.0f} (max), waiting for data "
-            f"{spent['data']:.1f} s of all; besides: evaluation {spent['evaluation']:.1f} s, "
-            f"checkpoints {spent['checkpoints']:.1f} s"
-        )
+@contextmanager
+def timed(spent, what):
+    """Add the seconds that a block takes to spent[what]."""
+    start = time.perf_counter()
+    yield
+    spent[what] += time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1206,13 +1193,13 @@ def micro_batches(halves, step, seen, config, ranks):
         seen += config.batch_size
 
 
-def add_up_gradients(ddp, batches, config, ranks, clock):
+def add_up_gradients(ddp, batches, config, ranks, spent):
     """A rank's share of a step, micro-batch after micro-batch -> its mean loss. The gradients that are left behind are
     the mean over all ranks, taken while the last micro-batch's backward pass goes on."""
     passes = config.batch_size // ranks.world // config.micro_batch_size
     mean = torch.zeros((), device=ranks.device)
     for more_to_come in reversed(range(passes)):
-        with clock("data"):
+        with timed(spent, "data"):
             inputs, targets = next(batches)
         with ddp.no_sync() if ranks.world > 1 and more_to_come else nullcontext():
             _, loss = ddp(inputs, targets)
@@ -1289,7 +1276,8 @@ def main():
         speed = Speed(flops, device, config.dtype)
 
     asked_to_stop = listen(ranks)
-    step, bad_in_a_row, clock = record["step"], 0, Clock()
+    step, bad_in_a_row = record["step"], 0
+    spent = dict.fromkeys(("data", "evaluation", "checkpoints"), 0.0)  # seconds
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
     batches = prefetched(micro_batches(halves, step, record["sequences"], config, ranks))
@@ -1302,7 +1290,7 @@ def main():
             if record.get("best_of") != texts.val_sha256:  # the best so far, if any, was measured on another text
                 record |= {"best": None, "best_of": texts.val_sha256}
 
-            loss = add_up_gradients(ddp, batches, config, ranks, clock)
+            loss = add_up_gradients(ddp, batches, config, ranks, spent)
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
 
             # What all ranks must agree on: the loss, and whether to stop.
@@ -1330,12 +1318,11 @@ def main():
                 if step % load_every == 0 or config.log_every > 1:
                     entry["load"] = counts[:, :-1].tolist()
             seconds = time.perf_counter() - started
-            clock.steps.append(1e3 * seconds)
             if ranks.first:
                 entry |= speed(config.batch_size * config.block_size, seconds)
             better = False
             if step % config.eval_every == 0 or step == config.steps:
-                with clock("evaluation"):
+                with timed(spent, "evaluation"):
                     entry |= evaluate(compiled, texts, config, ranks, routers)
                 new, best = entry["val_loss"], record["best"]
                 better = new is not None and (best is None or new < best) and not bad_in_a_row
@@ -1351,17 +1338,17 @@ def main():
                 )
             due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
             if config.keep and (due or stopping or step == config.steps):
-                with clock("checkpoints"):
+                with timed(spent, "checkpoints"):
                     saver.save(step, record, best=better)
             saver.check()
             if stopping:
                 break
-    with clock("checkpoints"):
+    with timed(spent, "checkpoints"):
         saver.wait()
     if ranks.world > 1:
         report_ranks(ddp, ranks)
     if ranks.first:
-        report_speed(clock, out, step)
+        report_speed(out, record["step"], spent)
         if record["skipped"]:
             print(f"{record['skipped']} steps were skipped: their loss or gradient was not finite")
         plot(out)
@@ -1436,20 +1423,24 @@ def report(bar, entry):
         bar.write(f"step {entry['step']}: {in_words(entry)}")
 
 
-def report_speed(clock, out, step):
-    """Where the time went, and how much of the machine was used, over the last nine tenths of this process's steps, the
-    last of which was `step`."""
-    entries = [e for e in read_log(out) if "tflops" in e and e["step"] > step - 0.9 * len(clock.steps)]
-    if not entries or not clock.steps:
+def report_speed(out, start, spent):
+    """Print where the time went, and how much of the machine was used, over the last nine tenths of what the log has of
+    this process's steps, which came after step `start`."""
+    entries = [e for e in read_log(out) if e["step"] > start]
+    entries = entries[len(entries) // 10 :]
+    if not entries:
         return
-    middle = {name: float(np.median([e[name] for e in entries])) for name in ("tokens_per_s", "tflops", "of_product")}
+    middle = {name: np.median([e[name] for e in entries]) for name in ("tokens_per_s", "tflops", "of_product")}
     mfu = [e["mfu"] for e in entries if "mfu" in e]
     efficiency = [e["tflops"] / e["watts"] for e in entries if "watts" in e]  # of this rank's GPU
     known = f", MFU {np.median(mfu):.1%}" if mfu else ""
     known += f", {np.median(efficiency):.3g} TFLOP a joule" if efficiency else ""
+    p50, p95, longest = np.percentile([e["step_ms"] for e in entries], (50, 95, 100))
     print(
         f"{middle['tokens_per_s']:,.0f} tokens/s, {middle['tflops']:.3g} TFLOP/s a device{known}, "
-        f"{middle['of_product']:.0%} of a large product's rate; {clock.summary()}"
+        f"{middle['of_product']:.0%} of a large product's rate; a step took {p50:.0f} ms (p50), {p95:.0f} (p95), "
+        f"{longest:.0f} (max), waiting for data {spent['data']:.1f} s of all; besides: evaluation "
+        f"{spent['evaluation']:.1f} s, checkpoints {spent['checkpoints']:.1f} s"
     )
 
 
