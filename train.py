@@ -726,13 +726,13 @@ class Saver:
             record = {**record, "step": step, "files": files}
             record["sha256"] = record_sha256(record)
             (new / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
+            if best:
+                mark_best(new)  # first, for once the step is there nobody would do it any more
             replace_folder(new, final)
             saved = checkpoints_in(self.out)
             newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
             for old in saved[:newest][: -self.keep] + saved[newest:]:
                 shutil.rmtree(old)
-            if best:
-                mark_best(final)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
@@ -1145,9 +1145,8 @@ def open_log(out):
     return log
 
 
-def restore(out, log, flags, record, checkpoint):
-    """Make the run directory what it was when `record` was saved (in the checkpoint, if there is one), and keep the
-    flags in args.json."""
+def restore(out, log, flags, step):
+    """Make the run directory what it was after a step, and keep the flags in args.json."""
     for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # power failed between replace_folder's two
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
@@ -1156,12 +1155,7 @@ def restore(out, log, flags, record, checkpoint):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
-    kept = [(entry, end) for entry, end in whole_lines(out) if entry["step"] <= record["step"]]
-    best = {"step": record["step"], "val_loss": record["best"]}
-    is_best = record["best"] is not None and any(best.items() <= entry.items() for entry, _ in kept)
-    if is_best and checkpoint.name != "best":
-        mark_best(checkpoint)  # in case the power failed before it was marked
-    log.truncate(kept[-1][1] if kept else 0)
+    log.truncate(max((end for entry, end in whole_lines(out) if entry["step"] <= step), default=0))
 
 
 def averaging(model):
@@ -1267,7 +1261,7 @@ def main():
             ranks.store.set("run is ours", "")
         flags |= {"resume": False, "block_size": config.block_size, "dtype": config.dtype, "active_parameters": active}
         record["flags"] = flags
-        restore(out, log, flags, record, checkpoint)
+        restore(out, log, flags, record["step"])
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"

@@ -406,15 +406,22 @@ def test_a_best_checkpoint_that_was_being_replaced_comes_back(finished, call, tm
     assert (out / "best" / "config.json").exists() and not list(out.glob(".*"))
 
 
-def test_a_best_checkpoint_that_was_not_marked_yet_is_marked(finished, call, tmp_path):
-    out = shutil.copytree(finished.out, tmp_path / "out")
-    best = read_json(out / "best" / "trainer.json")["step"]
-    shutil.rmtree(out / "best")
-    for checkpoint in out.glob("step-*"):
-        if int(checkpoint.name[-7:]) > best:
-            shutil.rmtree(checkpoint)
-    assert call(train, "--out", out, "--resume", "--steps", best).status == 0
-    assert read_json(out / "best" / "trainer.json")["step"] == best
+def test_the_power_may_go_before_the_best_checkpoint_is_a_step(finished, tiny, call, tmp_path, monkeypatch):
+    best, replace_folder = read_json(finished.out / "best" / "trainer.json")["step"], train.replace_folder
+
+    def fail(new, final):
+        if final.name == f"step-{best:07d}":
+            raise RuntimeError("no power")
+        replace_folder(new, final)
+
+    monkeypatch.setattr(train, "replace_folder", fail)
+    with pytest.raises(RuntimeError, match="no power"):
+        call(train, *flags(**tiny, keep=9, out=tmp_path))
+    assert read_json(tmp_path / "best" / "trainer.json")["step"] == best
+    monkeypatch.setattr(train, "replace_folder", replace_folder)
+    assert call(train, "--out", tmp_path, "--resume").status == 0
+    assert_same_run(tmp_path, finished.out)
+    assert read_json(tmp_path / "best" / "trainer.json")["step"] == best and not list(tmp_path.glob(".*"))
 
 
 def test_a_run_may_be_moved_and_have_other_files_in_it(finished, call, tmp_path):
