@@ -1145,8 +1145,8 @@ def open_log(out):
     return log
 
 
-def restore(out, log, flags, step):
-    """Make the run directory what it was after a step, and keep the flags in args.json."""
+def restore(out, log, record):
+    """Make the run directory what it was at the record's step, and keep the flags in args.json."""
     for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # power failed between replace_folder's two
         if not (final := out / old.name[1:-4]).exists():
             old.rename(final)
@@ -1154,8 +1154,8 @@ def restore(out, log, flags, step):
         for leftover in out.glob(name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with write_aside(out / "args.json") as file:
-        file.write(json.dumps(flags, indent=2).encode() + b"\n")
-    log.truncate(max((end for entry, end in whole_lines(out) if entry["step"] <= step), default=0))
+        file.write(json.dumps(record["flags"], indent=2).encode() + b"\n")
+    log.truncate(max((end for entry, end in whole_lines(out) if entry["step"] <= record["step"]), default=0))
 
 
 def averaging(model):
@@ -1226,7 +1226,6 @@ def main():
     model, record = starting_point(checkpoint, config, given, folder, meta, tokenizer.eot)
     if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
         raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
-    flags = asdict(config) | flags_of(ZayaConfig, given)  # for args.json, before what follows from this machine
     resolve_defaults(config, model, ranks)
     halves = open_halves(folder, meta, config, ranks)
     count_data(record, halves, config, ranks)
@@ -1259,9 +1258,10 @@ def main():
             raise FileExistsError(HOLDS_RUN.format(out=out))
         if ranks.store:
             ranks.store.set("run is ours", "")
-        flags |= {"resume": False, "block_size": config.block_size, "dtype": config.dtype, "active_parameters": active}
-        record["flags"] = flags
-        restore(out, log, flags, record["step"])
+        record["flags"] = asdict(config) | flags_of(ZayaConfig, given) | {"resume": False, "active_parameters": active}
+        for name in ("micro_batch_size", "compile"):  # what follows from this machine need not do for the next
+            record["flags"][name] = given.get(name)
+        restore(out, log, record)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
