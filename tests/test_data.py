@@ -551,6 +551,8 @@ def hub(monkeypatch):
                 self.end_headers()
             else:
                 start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and httpd.ranges else 0
+                if start >= len(body):
+                    return self.send_error(416)
                 self.send_response(206 if start else 200)
                 if httpd.says_length:
                     self.send_header("Content-Length", len(body) - start)
@@ -586,7 +588,7 @@ def prepare_fineweb(hub, out, *flags):
 
 TROUBLES = [
     "none", "breaks off", "breaks off and knows no ranges", "no hash", "a weak hash", "no SHA-256", "busy",
-    "little by little",
+    "little by little", "stopped at the end",
 ]  # fmt: skip
 
 
@@ -599,6 +601,10 @@ def test_fineweb(trouble, hub, tmp_path):
         hub.sha256 = dict.fromkeys(hub.files)
     hub.etag = {"a weak hash": 'W/"{}"', "no SHA-256": '"{:.40}"'}.get(trouble, hub.etag)
     hub.errors = [429] if trouble == "busy" else []
+    if trouble == "stopped at the end":
+        (tmp_path / "shards").mkdir()
+        whole = hub.files["fineweb_train_000001.bin"]
+        (tmp_path / "shards" / ".fineweb_train_000001.bin.partial").write_bytes(whole)
     hub.at_once = 300 if trouble == "little by little" else None  # more breaks than retries
     meta, train, val = prepare_fineweb(hub, tmp_path, "--shards", "2")
     bodies = [np.frombuffer(body, "<u2")[512:].tolist() for _, body in sorted(hub.files.items())]

@@ -75,14 +75,10 @@ def fetch_rest(url, partial):
     try:
         response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not start:  # 416: nothing is left from `start` on
+        if error.code != 416 or not start:
             raise
-        total = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if total != str(start):
-            partial.unlink()
-            raise OSError("what was there is no beginning of the file; removed") from None
-        redirects.note(error.headers)
-        return redirects.sha256
+        partial.unlink()  # it is all of the file, still to be checked, or more: both are rare
+        raise OSError("the file ends where it was to go on; what was there is removed") from None
     with response, open(partial, "ab") as file:
         redirects.note(response.headers)
         if response.status != 206:  # the server sends all of it, whatever we have
