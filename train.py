@@ -1016,7 +1016,8 @@ HOLDS_RUN = "{out} holds a run already: continue it with --resume, or choose ano
 
 
 def resolve_flags(given):
-    """The flags of this run, and whether it goes on from a checkpoint: those given, and with --resume the run's own."""
+    """The flags of this run, and whether it goes on from a checkpoint: those given and the preset's recipe, or with
+    --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out)).expanduser()
     given = given | {"out": str(out)}
     for name in ("data", "later_data"):  # a folder here before a name under data/, and so that --resume finds it again
@@ -1034,7 +1035,8 @@ def resolve_flags(given):
     if holds_run and not goes_on and not given.get("eval_only"):
         raise FileExistsError(HOLDS_RUN.format(out=out))
     if not (holds_run and goes_on):
-        return given, False
+        recipe = RECIPES.get(given.get("preset"), {})
+        return (flags_of(TrainConfig, recipe) if given.get("init_from") else recipe) | given, False
     saved = saved_flags(out)
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
     own = TrainConfig(**flags_of(TrainConfig, saved))
@@ -1209,8 +1211,6 @@ def main():
         runs = [Path(run).expanduser() for run in given["plot"]]
         return compare(runs, Path(given.get("out", TrainConfig.out)).expanduser())
     given, resuming = resolve_flags(given)
-    recipe = RECIPES.get(given.get("preset"), {})
-    given = (flags_of(TrainConfig, recipe) if given.get("init_from") else recipe) | given
     config = TrainConfig(**flags_of(TrainConfig, given))
     tune_memory()
     ranks = Ranks(config.device)
