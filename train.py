@@ -56,7 +56,6 @@ ROOT = Path(__file__).resolve().parent
 class TrainConfig:
     preset: str = "nano"  # nano, mini, small, medium or zaya1-8b: shape and recipe; other flags change parts of them
     data: str = "stdlib"  # a name under data/, or a folder that a prepare.py has written
-    later_data: str | None = None  # data for the second half of the steps, in the same tokens as --data's
     out: str = "out"  # run directory: checkpoints, log, pictures
     steps: int = 400  # optimizer steps
     batch_size: int = 16  # sequences a step, over all ranks and micro-batches
@@ -328,7 +327,7 @@ class Tokens:
         self.ids = np.memmap(path, dtype, mode="r")
         if (largest := max(int(self.ids[i : i + 2**24].max()) for i in range(0, count, 2**24))) >= meta["vocab_size"]:
             raise ValueError(f"{path} holds the token id {largest}, the vocabulary ends at {meta['vocab_size'] - 1}")
-        self.block_size, self.seed = block_size, seed
+        self.block_size, self.seed, self.meta = block_size, seed, meta
         self.blocks = (count - 1) // block_size
         self.per_epoch = max(1, self.blocks - 1)  # one less, so that every epoch can cut the text at other places
 
@@ -358,16 +357,7 @@ class Tokens:
         return [int(i * self.blocks / count) * self.block_size for i in range(count)]
 
 
-class Texts:
-    """A data folder: the texts to train and to validate on, and the bytes that a validation token has on average."""
-
-    def __init__(self, folder, meta, config):
-        self.train = Tokens(folder, "train", config.block_size, config.seed, meta)
-        self.val = Tokens(folder, "val", config.block_size, config.seed, meta)
-        self.val_sha256, self.bytes_per_token = sha256(folder / "val.bin"), meta["bytes_per_token"]
-
-
-def open_data(name, ranks, flag="--data"):
+def open_data(name, ranks):
     """The data folder of a name or path, and its meta.json. A dataset under data/ that is not there is prepared."""
     folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name).expanduser()
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
@@ -375,9 +365,9 @@ def open_data(name, ranks, flag="--data"):
             raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
     ranks.wait()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{flag} {name}: no such name under data/ and no such folder")
+        raise FileNotFoundError(f"--data {name}: no such name under data/ and no such folder")
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"{flag} {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
+        raise FileNotFoundError(f"--data {name}: {folder} has no meta.json; prepare it with one of data/*/prepare.py")
     meta = read_json(folder / "meta.json")
     for key, kind in {"vocab_size": int, "bytes_per_token": (int, float)}.items():
         if not isinstance(meta.get(key), kind) or not 0 < meta[key] < math.inf:
@@ -385,26 +375,11 @@ def open_data(name, ranks, flag="--data"):
     return folder, meta
 
 
-def open_halves(folder, meta, config, ranks):
-    """The texts of a run's first and second half: the same, or --later_data's from the middle on."""
-    texts = Texts(folder, meta, config)
-    if not config.later_data:
-        return texts, texts
-    later, later_meta = open_data(config.later_data, ranks, "--later_data")
-    refuse_other_tokens(later, folder)
-    return texts, Texts(later, later_meta, config)
-
-
 def refuse_other_tokens(folder, other):
     """Raises ValueError unless two folders, a data folder or a checkpoint each, have the same vocabulary."""
     vocabulary, others = (read_json(path / "tokenizer.json").get("model", {}).get("vocab") for path in (folder, other))
     if vocabulary != others:
         raise ValueError(f"{folder} has other tokens than {other}: prepare it with --tokenizer {other}")
-
-
-def half(step, config):
-    """0 for the steps of a run's first half, 1 for those of its second."""
-    return int(2 * step >= config.steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -983,19 +958,19 @@ def shares(counts):
 
 
 @torch.no_grad()
-def evaluate(model, texts, config, ranks, routers):
+def evaluate(model, text, config, ranks, routers):
     """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
     unless the model is dense, val_load_entropy."""
     # As many on any number of ranks, so that what they find can be compared.
-    starts = texts.val.validation_starts(config.eval_batches * sequences_at_once(16, config.block_size))
+    starts = text.validation_starts(config.eval_batches * sequences_at_once(16, config.block_size))
     own = starts[ranks.rank :: ranks.world]
     total = torch.zeros((), dtype=torch.float64 if ranks.device.type != "mps" else torch.float32, device=ranks.device)
     for i in range(0, len(own), config.micro_batch_size):
-        inputs, targets = texts.val.batch(own[i : i + config.micro_batch_size], ranks.device)
+        inputs, targets = text.batch(own[i : i + config.micro_batch_size], ranks.device)
         _, loss = model(inputs, targets)
         total += loss * len(inputs)
     loss, counts = ranks.sum(total).item() / len(starts), collect_counts(routers, ranks)
-    found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / texts.bytes_per_token)}
+    found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / text.meta["bytes_per_token"])}
     return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1].float())}
 
 
@@ -1020,10 +995,10 @@ def resolve_flags(given):
     --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out)).expanduser()
     given = given | {"out": str(out)}
-    for name in ("data", "later_data"):  # a folder here before a name under data/, and so that --resume finds it again
-        folder = Path(given.get(name) or "").expanduser().absolute()
-        if given.get(name) and any((folder / file).exists() for file in ("meta.json", "prepare.py")):
-            given[name] = str(folder)
+    # Absolute, so that --resume finds them again; and a folder here comes before a name under data/
+    data = Path(given.get("data", TrainConfig.data)).expanduser().absolute()
+    if any((data / file).exists() for file in ("meta.json", "prepare.py")):
+        given["data"] = str(data)
     if given.get("init_from"):
         given["init_from"] = str(Path(given["init_from"]).expanduser().absolute())
     files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
@@ -1103,13 +1078,15 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
     return model, record
 
 
-def count_data(record, halves, config, ranks):
-    """Let the record say how much data there is; print if there was other data."""
-    sizes = [len(texts.train.ids) for texts in halves]
-    for flag, size, before in zip(("--data", "--later_data"), sizes, record.get("train_tokens", sizes)):
-        if size != before and ranks.first and not config.eval_only:
-            print(f"{flag} has other training tokens than at step {record['step']}: they come in an order of their own")
-    record["train_tokens"] = sizes
+def note_data(record, folder, training, config, ranks):
+    """Let the record say what data there is. Other training tokens than before are said; of another validation text no
+    checkpoint is the best yet."""
+    size = len(training.ids)
+    if record.get("train_tokens", size) != size and ranks.first and not config.eval_only:
+        print(f"--data has other training tokens than at step {record['step']}: they come in an order of their own")
+    record["train_tokens"] = size
+    if record.get("best_of") != (digest := sha256(folder / "val.bin")):
+        record |= {"best": None, "best_of": digest}
 
 
 def resolve_defaults(config, model, ranks):
@@ -1178,14 +1155,14 @@ def prefetched(items):
             yield item
 
 
-def micro_batches(halves, step, seen, config, ranks):
+def micro_batches(training, step, seen, config, ranks):
     """A rank's (inputs, targets) from `step`, before which the run has seen that many sequences, to the end of the run,
     one forward pass after the other."""
     share, size = config.batch_size // ranks.world, config.micro_batch_size
-    for step in range(step, config.steps):
-        tokens, own = halves[half(step, config)].train, seen + ranks.rank * share
+    for _ in range(step, config.steps):
+        own = seen + ranks.rank * share
         for start in range(own, own + share, size):
-            yield tokens.training_batch(start, start + size, ranks.device)
+            yield training.training_batch(start, start + size, ranks.device)
         seen += config.batch_size
 
 
@@ -1227,8 +1204,8 @@ def main():
     if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
         raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
     resolve_defaults(config, model, ranks)
-    halves = open_halves(folder, meta, config, ranks)
-    count_data(record, halves, config, ranks)
+    training, validation = (Tokens(folder, name, config.block_size, config.seed, meta) for name in ("train", "val"))
+    note_data(record, folder, training, config, ranks)
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1240,7 +1217,7 @@ def main():
     routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        found = evaluate(compiled, halves[half(max(0, record["step"] - 1), config)], config, ranks, routers)
+        found = evaluate(compiled, validation, config, ranks, routers)
         ranks.first and print(in_words(found))
         return ranks.leave()
 
@@ -1263,7 +1240,7 @@ def main():
             record["flags"][name] = given.get(name)
         restore(out, log, record)
         print(
-            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(halves[0].train.ids) / 1e6:.1f}M "
+            f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(training.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
         )
         flops = flops_a_token(model.config, active, config.block_size) / ranks.world
@@ -1274,15 +1251,12 @@ def main():
     spent = dict.fromkeys(("data", "evaluation", "checkpoints"), 0.0)  # seconds
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
-    batches = prefetched(micro_batches(halves, step, record["sequences"], config, ranks))
+    batches = prefetched(micro_batches(training, step, record["sequences"], config, ranks))
     quiet = not ranks.first or sys.stderr is None
     with tqdm(total=config.steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True) as bar:
         while step < config.steps:
             started = time.perf_counter()
             lr = learning_rate(step, config)
-            texts = halves[half(step, config)]
-            if record.get("best_of") != texts.val_sha256:  # the best so far, if any, was measured on another text
-                record |= {"best": None, "best_of": texts.val_sha256}
 
             loss = add_up_gradients(ddp, batches, config, ranks, spent)
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
@@ -1317,7 +1291,7 @@ def main():
             better = False
             if step % config.eval_every == 0 or step == config.steps:
                 with timed(spent, "evaluation"):
-                    entry |= evaluate(compiled, texts, config, ranks, routers)
+                    entry |= evaluate(compiled, validation, config, ranks, routers)
                 new, best = entry["val_loss"], record["best"]
                 better = new is not None and (best is None or new < best) and not bad_in_a_row
                 record["best"] = new if better else best

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from zaya import PRESETS, Zaya, ZayaConfig
+from zaya import PRESETS, Zaya, ZayaConfig, newest_first
 
 LATER_DATA = ROOT / "out-ablations" / "shakespeare"
 BASE = dict(
@@ -73,7 +73,7 @@ TABLES = {
 }  # fmt: skip
 SAME_TIME = 0.05  # relative; two timings of a step differ by 0.02
 CHANGES = {  # of RUN
-    "switch": dict(later_data=LATER_DATA.relative_to(ROOT), eval_every=10, log_every=10),
+    "switch": dict(eval_every=10, log_every=10),
     "long": dict(steps=3 * RUN["steps"], eval_every=60, log_every=60),
 }
 
@@ -141,14 +141,27 @@ def finished(out, flags):
     return bool(log) and log[-1]["step"] == flags["steps"]
 
 
-def train_run(out, flags):
-    """One run of train.py, on one core. Of what it leaves, the log and the flags are kept."""
-    shutil.rmtree(out, ignore_errors=True)
+def start(out, flags):
+    """train.py on one core."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "train.py", "--out", os.path.relpath(out, ROOT), *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{out}: {done.stderr.splitlines()[-1]}")
+
+
+def train_run(out, flags, switch):
+    """One run, of which the log and the flags are kept. switch: the second half of its steps is on the other text."""
+    shutil.rmtree(out, ignore_errors=True)
+    half = flags["steps"] // 2
+    start(out, flags | ({"save_every": half, "keep": 99} if switch else {}))
+    if switch:  # back to the middle, and on from there
+        for checkpoint in newest_first(out):
+            if checkpoint.name != f"step-{half:07d}":
+                shutil.rmtree(checkpoint)
+        start(out, {"resume": True, "data": LATER_DATA})
+    for checkpoint in newest_first(out):
+        shutil.rmtree(checkpoint)
     for picture in out.glob("*.png"):
         picture.unlink()
 
@@ -221,7 +234,7 @@ def main():
         if args.table == "switch":
             prepare_later_data(args.shakespeare)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", disable=None) as bar:
-        for _ in pool.map(lambda item: train_run(*item), missing.items()):
+        for _ in pool.map(lambda item: train_run(*item, args.table == "switch"), missing.items()):
             bar.update()
     trials, picture = trials_of(runs), args.out / f"{args.table}.png"
     print("\n".join(lines(trials, times)))

@@ -516,28 +516,19 @@ def other_data(tiny_data, tmp_path_factory):
     return folder / "other"
 
 
-def test_later_data_is_the_second_half_of_the_steps(tiny, other_data, finished, call, tmp_path):
-    """The first three steps are the other run's; then loss and validation are the other text's, also after a resume."""
-    plan = {**tiny, "later_data": other_data}
-    assert call(train, *flags(**plan, out=tmp_path / "whole")).status == 0
-    whole, plain = log_of(tmp_path / "whole"), log_of(finished.out)
-    assert [e["loss"] for e in whole][:3] == [e["loss"] for e in plain][:3]
-    assert whole[2]["val_loss"] == plain[2]["val_loss"] and whole[3]["loss"] != plain[3]["loss"]
-    again = RUN | {"data": other_data, "block_size": 16, "init_from": tmp_path / "whole", "out": tmp_path / "new"}
-    said = call(train, *flags(**again, eval_only=True)).stdout
-    assert f"validation loss {whole[-1]['val_loss']:.4f}" in said
-    cut_short = tmp_path / "cut"
-    shutil.copytree(tmp_path / "whole", cut_short)
-    shutil.rmtree(cut_short / "step-0000006")
-    assert call(train, "--out", cut_short, "--resume").status == 0
-    assert log_of(cut_short)[-1]["loss"] == whole[-1]["loss"]
-
-
-def test_the_best_checkpoint_is_one_of_the_later_text(tiny, tiny_data, other_data, call, tmp_path):
-    plan = tiny | {"data": other_data, "later_data": tiny_data}
-    assert call(train, *flags(**plan, out=tmp_path)).status == 0
-    log = log_of(tmp_path)
-    assert log[2]["val_loss"] < log[5]["val_loss"] and read_json(tmp_path / "best" / "trainer.json")["step"] == 6
+def test_another_text_from_a_checkpoint_on(tiny, tiny_data, other_data, call, tmp_path):
+    """The loss becomes that text's, and the best checkpoint one of it, also where the first text was easier."""
+    easy, both = tmp_path / "easy", tmp_path / "both"
+    assert call(train, *flags(**tiny | {"data": other_data}, keep=9, out=easy)).status == 0
+    shutil.copytree(easy, both)
+    for checkpoint in ("step-0000004", "step-0000006"):
+        shutil.rmtree(both / checkpoint)
+    assert call(train, "--out", both, "--resume", "--data", tiny_data).status == 0
+    log, before = log_of(both), log_of(easy)
+    assert log[:3] == before[:3] and log[3]["loss"] != before[3]["loss"]
+    assert log[2]["val_loss"] < log[5]["val_loss"] and read_json(both / "best" / "trainer.json")["step"] == 6
+    said = call(train, "--out", both, "--resume", "--eval_only").stdout
+    assert f"validation loss {log[5]['val_loss']:.4f}" in said
 
 
 def test_data_of_other_tokens_is_refused(tiny, finished, call, tmp_path):
@@ -547,7 +538,6 @@ def test_data_of_other_tokens_is_refused(tiny, finished, call, tmp_path):
     spec["model"]["vocab"] = {token: 255 - i for token, i in spec["model"]["vocab"].items()}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     for chosen in (
-        tiny | {"later_data": folder, "out": tmp_path / "new"},
         RUN | {"data": folder, "init_from": finished.out, "out": tmp_path / "new"},
         {"data": folder, "out": out, "resume": True},
     ):
