@@ -80,16 +80,16 @@ class TrainConfig:
     eval_only: bool = False  # evaluate the checkpoint of --init_from or --resume, and exit
     log_every: int = 1  # steps between lines of the log; evaluations are always logged
     save_every: int = 100  # steps between checkpoints; there is one at the end, too
-    keep: int = 2  # checkpoints to keep, beside the best; 0: none is written
+    keep: int = 2  # checkpoints to keep, beside the best
     resume: bool = False  # go on with the run in --out, with its flags
     init_from: str | None = None  # start from this checkpoint's weights (fine-tuning)
     plot: list[str] | None = None  # train nothing; compare these run directories: a table, and compare.png in --out
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch_size", "block_size", "eval_every", "save_every", "log_every"):
+        for name in "steps batch_size micro_batch_size block_size eval_every save_every log_every keep".split():
             if getattr(self, name) is not None and not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"--{name} must be at least 1 and below 2^31, not {getattr(self, name)}")
-        for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr", "keep"):
+        for name in ("warmup", "eval_batches", "seed", "weight_decay", "balance_lr"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"--{name} must be 0 or more and below 2^63, not {getattr(self, name)}")
         if not 0 < self.lr <= 1e30 or not self.grad_clip > 0:
@@ -1223,8 +1223,6 @@ def main():
 
     if record["step"] > config.steps:
         raise ValueError(f"--steps {config.steps}: the run in {out} has made {record['step']} steps already")
-    if config.resume and not checkpoint and not config.keep:
-        raise ValueError(f"--resume: the run in {out} keeps no checkpoint to go on from (--keep 0)")
     ddp = averaging(compiled) if ranks.world > 1 else compiled
     sys.stdout, sys.stderr = (stream and TolerantStream(stream) for stream in (sys.stdout, sys.stderr))
     say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
@@ -1305,7 +1303,7 @@ def main():
                     f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
                 )
             due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
-            if config.keep and (due or stopping or step == config.steps):
+            if due or stopping or step == config.steps:
                 with timed(spent, "checkpoints"):
                     saver.save(step, record, best=better)
             saver.check()
@@ -1431,12 +1429,8 @@ def farewell(model, tokenizer, config, step):
     """What to do next; after the last step, with a sample of text."""
     if step < config.steps:
         run = "torchrun ..." if "RANK" in os.environ else "python"
-        print(
-            f"stopped after step {step}, which is saved; go on with: {run} train.py --out {quote(config.out)} --resume"
-            if config.keep
-            else f"stopped after step {step}; nothing is saved (--keep 0)"
-        )
-        return
+        go_on = f"{run} train.py --out {quote(config.out)} --resume"
+        return print(f"stopped after step {step}, which is saved; go on with: {go_on}")
     on_stop(signal.SIG_DFL)  # all is saved
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
@@ -1444,9 +1438,8 @@ def farewell(model, tokenizer, config, step):
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = ' --prompt "import "' if config.data == "stdlib" else ""
-    more = f"; more text: python sample.py --checkpoint {quote(config.out)}{prompt}" if config.keep else ""
     pictures = "loss.png and experts.png" if model.routers else "loss.png"
-    print(f"pictures: {pictures} in {config.out}{more}")
+    print(f"pictures: {pictures} in {config.out}; more text: python sample.py --checkpoint {quote(config.out)}{prompt}")
 
 
 if __name__ == "__main__":

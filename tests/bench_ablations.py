@@ -36,7 +36,7 @@ BASE = dict(
     moe_intermediate_size=128, router_hidden_size=32, num_experts=8,
 )  # fmt: skip
 RUN = dict(
-    steps=220, batch_size=16, block_size=256, lr=0.012, warmup=20, eval_every=20, eval_batches=8, log_every=20, keep=0,
+    steps=220, batch_size=16, block_size=256, lr=0.012, warmup=20, eval_every=20, eval_batches=8, log_every=20,
     dtype="bfloat16", device="cpu",
 )  # fmt: skip
 ROWS = {  # flags that differ from BASE

@@ -40,6 +40,7 @@ def assert_refused(done, *named):
         "a width that no machine holds": ({"hidden_size": 1e30}, "hidden_size"),
         "layers that nobody can build": ({"num_hidden_layers": 2e9}, "num_hidden_layers"),
         "an infinite base": ({"rope_theta": "inf"}, "rope_theta"),
+        "no checkpoint": ({"keep": 0}, "--keep"),
         "no clipping": ({"grad_clip": 0}, "--grad_clip"),
         "a negative seed": ({"seed": -1}, "--seed"),
         "an unknown preset": ({"preset": "giant"}, "giant"),
@@ -75,13 +76,10 @@ def test_resuming_does_not_change_the_model(finished, call, change):
     assert_refused(call(train, *flags(out=finished.out, resume=True, **change)), *change)
 
 
-def test_a_run_does_not_go_back(finished, tiny, call, tmp_path):
+def test_a_run_does_not_go_back(finished, call):
     before = (finished.out / "args.json").read_text()
     assert_refused(call(train, *flags(out=finished.out, resume=True, steps=5)), "--steps 5", "6 steps")
     assert before == (finished.out / "args.json").read_text()
-    assert call(train, *flags(**tiny, keep=0, out=tmp_path)).status == 0
-    done = call(train, *flags(out=tmp_path, resume=True, steps=8))
-    assert done.status == 2 and "--keep 0" in done.lines[-1] and len((tmp_path / "log.jsonl").read_text()) > 100
 
 
 def test_fine_tuning_does_not_change_the_model(finished, tiny_data, call, tmp_path):

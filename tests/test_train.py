@@ -559,12 +559,10 @@ def test_data_may_be_moved(tiny, finished, call, tmp_path, monkeypatch):
     assert before["best"] == after["best"] and before["best_of"] == after["best_of"]
 
 
-def test_a_small_log_and_no_checkpoints(tiny, call, tmp_path):
-    """--log_every 4, evaluations at 3 and 6, and --keep 0."""
-    done = call(train, *flags(**tiny, out=tmp_path / "out", log_every=4, keep=0))
-    assert done.status == 0 and "sample.py" not in done.stdout
-    assert [e["step"] for e in log_of(tmp_path / "out")] == [3, 4, 6]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json", "log.jsonl", "loss.png", "experts.png"}
+def test_a_small_log(tiny, call, tmp_path):
+    """--log_every 4, evaluations at 3 and 6."""
+    assert call(train, *flags(**tiny, out=tmp_path, log_every=4)).status == 0
+    assert [e["step"] for e in log_of(tmp_path)] == [3, 4, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
