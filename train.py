@@ -1126,9 +1126,8 @@ def open_log(out):
 
 def restore(out, log, record):
     """Make the run directory what it was at the record's step, and keep the flags in args.json."""
-    for old in (*out.glob(".step-*.old"), *out.glob(".best.old")):  # power failed between replace_folder's two
-        if not (final := out / old.name[1:-4]).exists():
-            old.rename(final)
+    if (out / ".best.old").exists() and not (out / "best").exists():  # power failed between replace_folder's two
+        (out / ".best.old").rename(out / "best")
     for name in (".step-*", ".best.*", ".args.json.*"):  # what a save that the power cut short has left
         for leftover in out.glob(name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
