@@ -316,8 +316,6 @@ class Tokens:
         if meta.get("dtype") not in ("uint16", "uint32"):
             raise ValueError(f"{folder / 'meta.json'}: dtype must be uint16 or uint32, not {meta.get('dtype')!r}")
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
         size = path.stat().st_size
         if size % dtype.itemsize:
             raise ValueError(f"{path} has {size} bytes, no multiple of {meta['dtype']}'s {dtype.itemsize}")
