@@ -4,6 +4,7 @@
 A download that breaks off goes on where it stopped, also when this is started again.
 """
 
+import argparse
 import http.client
 import os
 import re
@@ -133,14 +134,13 @@ def write_tokens(file, shards, gpt2, tokenizer, dtype):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.replace("%", "%%"), allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shards", type=in_range(int, 1, 103), default=10, metavar="N",
-                        help="shards to train on, 1 to 103, of 100 million tokens each (default: 10)")
-    parser.add_argument("--tokenizer", default="gpt2", metavar="gpt2|DIR", help="gpt2, or a folder with a "
-                        "tokenizer.json, such as a checkpoint, whose tokens the text is written in (default: gpt2)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR",
-                        help="folder to write into (default: this file's)")
-    parser.add_argument("--url", default=URL, help="address of the folder with the shards (default: the hub's)")
+                        help="shards to train on, 1 to 103, of 100 million tokens each")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="gpt2|DIR",
+                        help="gpt2, or a folder with a tokenizer.json, such as a checkpoint, to write the text in")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="folder to write into")
+    parser.add_argument("--url", default=URL, help="address of the folder with the shards")
     args = parser.parse_args(argv)
     with one_line_errors(parser):
         gpt2 = load_tokenizer("gpt2")
