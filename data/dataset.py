@@ -142,11 +142,11 @@ def make_tokenizer(args, train, val):
     return load_tokenizer(args.tokenizer)
 
 
-def tokenize(documents, tokenizer, dtype, name):
-    """-> 1-d array of dtype: each document's ids and, where the tokenizer has one, eot after it."""
+def tokenize(documents, tokenizer, name):
+    """-> 1-d array of dtype_of(tokenizer): each document's ids and, where the tokenizer has one, eot after it."""
     eot = [] if tokenizer.eot is None else [tokenizer.eot]
     bar = tqdm(documents, desc=f"tokenize {name}", unit=" documents", disable=None)  # None: silent in a pipe
-    return np.concatenate([np.array(tokenizer.encode(text) + eot, dtype) for text in bar])
+    return np.concatenate([np.array(tokenizer.encode(text) + eot, dtype_of(tokenizer)) for text in bar])
 
 
 @contextmanager
@@ -159,11 +159,22 @@ def token_files(out):
         (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
 
 
-def make_whole(out, tokenizer, meta):
-    """Write what a dataset has beside its tokens, meta.json last."""
+def dtype_of(tokenizer):
+    """The smaller of the two types that hold a tokenizer's ids."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+
+
+def make_whole(out, tokenizer, counts, val_bytes):
+    """Write what a dataset has beside its tokens, meta.json last, and say what it is. counts: {"train_tokens": n,
+    "val_tokens": n} and more for meta.json; val_bytes: of the text that was held out."""
+    meta = {"dtype": dtype_of(tokenizer).name, "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer.name,
+            "bytes_per_token": val_bytes / counts["val_tokens"],  # ends of documents counted, as in the loss
+            **counts}
     tokenizer.save(out)
     with write_aside(out / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
+    print(f"{out}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens; tokenizer "
+          f"{meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes a token")
 
 
 def write_dataset(args, train, val):
@@ -171,20 +182,12 @@ def write_dataset(args, train, val):
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a folder")
     tokenizer = make_tokenizer(args, train, val)
-    dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-    tokens = {name: tokenize(documents, tokenizer, np.dtype(dtype).newbyteorder("<"), name)
-              for name, documents in (("train", train), ("val", val))}
-    val_bytes = sum(len(text.encode()) for text in val)
-    meta = {"dtype": dtype, "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer.name,
-            "bytes_per_token": val_bytes / len(tokens["val"]),  # of val, ends of documents counted, as in its loss
-            "train_tokens": len(tokens["train"]), "val_tokens": len(tokens["val"]),
-            "train_documents": len(train), "val_documents": len(val)}
-
+    train_tokens, val_tokens = (tokenize(documents, tokenizer, name)
+                                for name, documents in (("train", train), ("val", val)))
     args.out.mkdir(parents=True, exist_ok=True)
     with token_files(args.out) as (train_file, val_file):
-        train_file.write(tokens["train"])
-        val_file.write(tokens["val"])
-    make_whole(args.out, tokenizer, meta)
-    print(f"{args.out}: {len(tokens['train']):,} training and {len(tokens['val']):,} validation tokens of "
-          f"{len(train):,} and {len(val):,} documents; tokenizer {tokenizer.name}, {tokenizer.n_vocab:,} ids, "
-          f"{meta['bytes_per_token']:.2f} bytes a token")
+        train_file.write(train_tokens)
+        val_file.write(val_tokens)
+    counts = {"train_tokens": len(train_tokens), "val_tokens": len(val_tokens),
+              "train_documents": len(train), "val_documents": len(val)}
+    make_whole(args.out, tokenizer, counts, sum(len(text.encode()) for text in val))

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
-from data.dataset import Parser, in_range, make_whole, one_line_errors, token_files
+from data.dataset import Parser, dtype_of, in_range, make_whole, one_line_errors, token_files
 from data.tokenizer import load_tokenizer, sha256
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
@@ -123,12 +123,12 @@ def pieces(shard, gpt2, tokenizer):
             yield np.array(ids + ([] if tokenizer.eot is None else [tokenizer.eot]), "<u4")
 
 
-def write_tokens(file, shards, gpt2, tokenizer, dtype):
+def write_tokens(file, shards, gpt2, tokenizer):
     """All shards' tokens in one file -> how many."""
     count = 0
     for shard in shards:
         for ids in pieces(read_shard(shard), gpt2, tokenizer):
-            file.write(ids.astype(dtype))
+            file.write(ids.astype(dtype_of(tokenizer)))
             count += len(ids)
     return count
 
@@ -145,7 +145,6 @@ def main(argv=None):
     with one_line_errors(parser):
         gpt2 = load_tokenizer("gpt2")
         tokenizer = gpt2 if args.tokenizer == "gpt2" else load_tokenizer(args.tokenizer)
-        dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
         (args.out / "shards").mkdir(parents=True, exist_ok=True)
         names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, args.shards + 1))]
         shards = [args.out / "shards" / name for name in names]
@@ -153,19 +152,14 @@ def main(argv=None):
             if not path.exists():
                 download(f"{args.url}/{path.name}", path)
             read_shard(path)  # complains at once, not after the last download
-        little = np.dtype(dtype).newbyteorder("<")
         with token_files(args.out) as (train_file, val_file):
-            val_tokens = write_tokens(val_file, shards[:1], gpt2, tokenizer, little)
-            train_tokens = write_tokens(train_file, shards[1:], gpt2, tokenizer, little)
+            counts = {"val_tokens": write_tokens(val_file, shards[:1], gpt2, tokenizer),
+                      "train_tokens": write_tokens(train_file, shards[1:], gpt2, tokenizer)}
         lengths = np.array([0 if i == gpt2.eot else len(gpt2.decode_bytes([i])) for i in range(gpt2.n_vocab)])
         val = read_shard(shards[0])
         val_bytes = sum(int(lengths[val[start : start + PIECE]].sum()) for start in range(0, len(val), PIECE))
-        meta = {"dtype": dtype, "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer.name,
-                "bytes_per_token": val_bytes / val_tokens, "train_tokens": train_tokens, "val_tokens": val_tokens}
-        make_whole(args.out, tokenizer, meta)
-    print(f"{args.out}: {train_tokens:,} training and {val_tokens:,} validation tokens; tokenizer {tokenizer.name}, "
-          f"{meta['bytes_per_token']:.2f} bytes a token. {args.out / 'shards'} may be deleted; with it more shards can "
-          "be added later without loading these again.")
+        make_whole(args.out, tokenizer, counts, val_bytes)
+    print(f"{args.out / 'shards'} may be deleted; with it more shards can be added later without loading these again.")
 
 
 if __name__ == "__main__":
