@@ -993,10 +993,9 @@ def resolve_flags(given):
     --resume the run's own."""
     out = Path(given.get("out", TrainConfig.out)).expanduser()
     given = given | {"out": str(out)}
-    # Absolute, so that --resume finds them again; and a folder here comes before a name under data/
-    data = Path(given.get("data", TrainConfig.data)).expanduser().absolute()
-    if any((data / file).exists() for file in ("meta.json", "prepare.py")):
-        given["data"] = str(data)
+    data = Path(given.get("data", "")).expanduser().absolute()
+    if "data" in given and any((data / file).exists() for file in ("meta.json", "prepare.py")):
+        given["data"] = str(data)  # a folder here before a name under data/, and so that --resume finds it again
     if given.get("init_from"):
         given["init_from"] = str(Path(given["init_from"]).expanduser().absolute())
     files = [path for path in (out / "args.json", out / "log.jsonl") if path.exists() and path.stat().st_size]
