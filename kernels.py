@@ -779,11 +779,11 @@ def choose(thought, W3, balancing, keep):
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor | None, state: Tensor, normed: Tensor, first: Tensor, hidden: Tensor,
-    second: Tensor, thought: Tensor, slopes: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor,
-    eps: float, W1: Tensor, W2: Tensor, W3: Tensor, dtype: torch.dtype,
+    grad_p: Tensor, grad_state: Tensor | None, eps: float, dtype: torch.dtype, state: Tensor, normed: Tensor,
+    first: Tensor, hidden: Tensor, second: Tensor, thought: Tensor, slopes: Tensor, previous: Tensor | None,
+    gamma: Tensor | None, norm: Tensor, W1: Tensor, W2: Tensor, W3: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of r (in its dtype), of the previous state (empty for None), and of W1, W2 and W3; those of b1 and b2
+    """Gradients of r (in dtype), of the previous state (empty for None), and of W1, W2 and W3; those of b1 and b2
     (2, R), and of norm and gamma (2, R), or norm alone (1, R)."""
     (N, R), deep = state.shape, previous is not None
     grad_logits = torch.mul(grad_p[:, None], slopes, out=torch.empty_like(slopes, dtype=W3.dtype))
@@ -818,16 +818,15 @@ def save_for_router(ctx, inputs, output):
 
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
-    *made, previous, gamma, norm, W1, W2, W3 = ctx.saved_tensors
-    grad_p = made[0].new_zeros(len(made[0])) if grad_p is None else grad_p
+    state = ctx.saved_tensors[0]
+    grad_p = state.new_zeros(len(state)) if grad_p is None else grad_p
     grad_state = None if grad_state is None else grad_state.contiguous()  # nobody takes the last layer's state
-    layers = norm, ctx.eps, W1, W2, W3, ctx.dtype
     grad_r, d_previous, d_W1, d_W2, d_W3, biases, norms = router_backward(
-        grad_p, grad_state, *made, previous, gamma, *layers
+        grad_p, grad_state, ctx.eps, ctx.dtype, *ctx.saved_tensors
     )
-    (d_b1, d_b2), d_norm = biases.to(W1.dtype), norms[0]
-    d_previous, d_gamma = (None, None) if previous is None else (d_previous, norms[1])
-    return grad_r, d_previous, d_gamma, d_norm, None, d_W1, d_b1, d_W2, d_b2, d_W3, None, None
+    d_b1, d_b2 = biases.to(d_W1.dtype)
+    d_previous, d_gamma = (d_previous, norms[1]) if len(norms) == 2 else (None, None)
+    return grad_r, d_previous, d_gamma, norms[0], None, d_W1, d_b1, d_W2, d_b2, d_W3, None, None
 
 
 router_forward.register_autograd(router_gradient, setup_context=save_for_router)
