@@ -130,6 +130,8 @@ def model_config(config, given, vocab_size, eot):
     changes = flags_of(ZayaConfig, given)
     if told := {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"} & changes.keys():
         raise ValueError(f"--{min(told)} cannot be chosen: it follows from the data")
+    if "sliding_window" in changes and "hybrid_sliding" not in (changes.get("layer_types") or []):
+        raise ValueError("--sliding_window is for what --layer_types calls hybrid_sliding, and there is no such layer")
     if "num_hidden_layers" in changes:
         changes.setdefault("layer_types", None)
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
@@ -1036,16 +1038,8 @@ def saved_flags(out):
     return flags
 
 
-def new_model(config, given, meta, eot, source):
-    """A fresh model or, if there is a source, that checkpoint's with the context length and RoPE bases that the flags
-    give."""
-    if source is None:
-        if "sliding_window" in given and "hybrid_sliding" not in (given.get("layer_types") or []):
-            raise ValueError(
-                "--sliding_window is for what --layer_types calls hybrid_sliding, and there is no such layer"
-            )
-        torch.manual_seed(config.seed)
-        return Zaya(model_config(config, given, meta["vocab_size"], eot))
+def model_to_tune(source, config, given):
+    """A checkpoint's model, with the context length and RoPE bases that the flags give."""
     if (source / "trainer.json").exists():  # one of ours, with SHA-256s
         check(source)
     model = Zaya.from_pretrained(source, dtype=torch.float32)
@@ -1058,16 +1052,19 @@ def new_model(config, given, meta, eot, source):
 
 
 def starting_point(checkpoint, config, given, folder, meta, eot):
-    """(model, record) to go on from: the checkpoint to resume, or a new model at step 0. The record is what checkpoints
-    keep of a run beside its tensors. Raises ValueError if the data's tokens are not the model's."""
+    """(model, record) to go on from: the checkpoint to resume, or a model to tune or a fresh one at step 0. The record
+    is what checkpoints keep of a run beside its tensors. Raises ValueError if the data's tokens are not the model's."""
     source = checkpoint or (None if config.init_from is None else find_checkpoint(config.init_from))
+    record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
-    elif config.eval_only and not config.init_from:
+    elif source:
+        model = model_to_tune(source, config, given)
+    elif config.eval_only:
         raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
-        model = new_model(config, given, meta, eot, source)
-        record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
+        torch.manual_seed(config.seed)
+        model = Zaya(model_config(config, given, meta["vocab_size"], eot))
     if source and (source / "tokenizer.json").is_file():
         refuse_other_tokens(folder, source)
     if meta["vocab_size"] > model.config.vocab_size:

@@ -138,16 +138,17 @@ class ForeignTokenizer:
     def turns(self, question):
         """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer). Special tokens in
         the question are text. ValueError without a template that takes a question, or if it fails."""
-        chat = self.render(("user", " \0 "), add_generation_prompt=True)  # NUL: here the question goes
+        place = "\v\0\v"  # of the question, with white space around it that no template writes
+        chat = self.render(("user", place), add_generation_prompt=True)
         if "\0" not in chat:
             raise ValueError(f"the tokenizer {self.name} has no chat template that takes a question")
-        if " \0 " not in chat:  # the template trims it
-            question = question.strip()
+        if place not in chat:  # the template trims it
+            question, place = question.strip(), "\0"
         special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
         marks = re.compile("(" + "|".join([*map(re.escape, special), "(?!)"]) + ")")  # (?!) is nowhere
         ids = []
-        for part in marks.split(chat.replace(" \0 ", "\0")):
-            ids += [special[part]] if part in special else self.encode(part.replace("\0", question))
+        for part in marks.split(chat):
+            ids += [special[part]] if part in special else self.encode(part.replace(place, question))
         _, _, after = self.render(("user", "?"), ("assistant", "\0")).rpartition("\0")
         end = marks.search(after)
         return ids, special[end[0]] if end else self.eot

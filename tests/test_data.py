@@ -169,6 +169,7 @@ THINKING = (  # a system's prompt, a block on a line of its own, no mark at the 
     "{{ message.role | upper }}: {{ message.content }}\n{% endfor %}\n"
     "{% if add_generation_prompt %}\n<start_of_turn><think>{% endif %}"
 )
+SPACED = "{% for message in messages %}<start_of_turn>a {{ message.content | trim }} b{% endfor %}"
 QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
 
 
@@ -185,8 +186,8 @@ def chatting(folder, template):
 
 @pytest.mark.parametrize(
     "template, end",
-    [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>"), (THINKING, "<eos>")],
-    ids=["Gemma", "ChatML", "another"],
+    [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>"), (THINKING, "<eos>"), (SPACED, "<eos>")],
+    ids=["Gemma", "ChatML", "thinking", "spaced"],
 )
 def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, end):
     transformers = pytest.importorskip("transformers")
