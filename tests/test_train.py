@@ -502,17 +502,8 @@ def other_data(tiny_data, tmp_path_factory):
     """Another text in the same tokens."""
     folder = tmp_path_factory.mktemp("other")
     (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 400, encoding="utf-8")
-    data.text.prepare.main(
-        [
-            str(folder / "text.txt"),
-            "--tokenizer",
-            str(tiny_data),
-            "--val_fraction",
-            "0.2",
-            "--out",
-            str(folder / "other"),
-        ]
-    )
+    words = "--tokenizer", tiny_data, "--val_fraction", "0.2", "--out", folder / "other"
+    data.text.prepare.main([str(folder / "text.txt"), *map(str, words)])
     return folder / "other"
 
 
