@@ -75,18 +75,17 @@ def main():
         while kills < args.kills:
             out, runs = Path(folder, f"run-{runs}"), runs + 1
             launcher = start(out)
-            while launcher and kills < args.kills:  # until it ends by itself, or has been killed often enough
+            while kills < args.kills:  # until it ends by itself, or has been killed often enough
                 while not (out / "log.jsonl").exists() and launcher.poll() is None:
                     time.sleep(0.05)
                 saving = kill(launcher, out, dice)
                 launcher.communicate()
                 if saving is None:
-                    launcher = None
                     break
                 kills, saves = kills + 1, saves + saving
                 bar.update()
                 launcher = start(out, "--resume")
-            if launcher:
+            else:
                 launcher.communicate()
             same += end_of(out) is not None and end_of(out) == end_of(undisturbed)
     print(f"{kills} kills, {saves} of them in a save, in {runs} runs: {same} ended with the undisturbed run's tensors")
