@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import kernels` finds a running script, too
 
@@ -118,12 +119,11 @@ if torch.__version__ < "2.13":
 
     torch._inductor.exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
 
-shapes_alone = False  # set while an operator is asked for the shapes of its results alone: nothing is launched
-
 
 def launch(kernel, grid, *args, **constants):
-    """What every operator calls. The first argument is a tensor; its GPU need not be the current one."""
-    if not shapes_alone:
+    """What every operator calls. The first argument is a tensor; its GPU need not be the current one. Where
+    torch.compile asks for the shapes of an operator's results alone, it is a fake one, and nothing is launched."""
+    if not isinstance(args[0], FakeTensor):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **constants)
 
@@ -135,18 +135,9 @@ def operator(function):
     In inference mode the function itself is called: an operator's bookkeeping takes Python more time than the kernels
     of a short prompt take the GPU.
     """
-
-    def shapes(*args):
-        global shapes_alone
-        shapes_alone = True
-        try:
-            return function(*args)
-        finally:
-            shapes_alone = False
-
     written = [name for name in function.__annotations__ if name.endswith("_")]
     op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=written)
-    op.register_fake(shapes)
+    op.register_fake(function)
 
     @wraps(function)
     def call(*args):
