@@ -628,10 +628,8 @@ def hits(choice, n, N, e):
 
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
-                        DEEP: tl.constexpr, KEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
-                        BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state and hidden. KEEP: normed and
-    first, too, for the backward pass. All (N, R)."""
+                        DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to all that is named above, (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -639,37 +637,31 @@ def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, fi
     store_matrix(state, n[:, None], N, c[None, :], R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
-    if KEEP:
-        store_matrix(normed, n[:, None], N, c[None, :], R, x)
+    store_matrix(normed, n[:, None], N, c[None, :], R, x)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
         y = dot(x, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
-        if KEEP:
-            store_matrix(first, n[:, None], N, u[None, :], R, y)
+        store_matrix(first, n[:, None], N, u[None, :], R, y)
         store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(y))
 
 
 @triton.jit
-def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr,
-                         BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT, R / BN): the second layer, from hidden to thought. KEEP: second, too, for the backward pass."""
+def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+                         BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT, R / BN): the second layer, from hidden to second and thought (N, R)."""
     n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
     y = tile_product(hidden, R, n[:, None], N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
-    if KEEP:
-        store_matrix(second, n[:, None], N, u[None, :], R, y)
+    store_matrix(second, n[:, None], N, u[None, :], R, y)
     store_matrix(thought, n[:, None], N, u[None, :], R, gelu(y))
 
 
 @triton.jit
 def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N, R: tl.constexpr,
-                  CLASSES: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr,
-                  BK: tl.constexpr, BT: tl.constexpr):  # fmt: skip
+                  CLASSES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+                  BT: tl.constexpr):  # fmt: skip
     """Grid (N / BT): the third layer, the softmax, the choice. counts (N / BT, CLASSES) int32: how many of a program's
-    tokens chose each class.
-
-    KEEP: slopes (N, WIDTH), for the backward pass, d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e]), and
-    zeros from CLASSES on.
-    """
+    tokens chose each class. slopes (N, WIDTH): d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e]), and zeros
+    from CLASSES on."""
     n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BK)
     let_the_next_start(PDL)
     w3 = load_matrix(W3, e[None, :], CLASSES, k[:, None], R)  # a step ahead of its use
@@ -685,8 +677,7 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N
     chosen = tl.argmax(tl.where(p == p, p + bias[None, :], float("-inf")), axis=1)  # among NaNs, 0
     is_chosen = e[None, :] == chosen[:, None]
     p_chosen = tl.sum(tl.where(is_chosen, p, 0.0), axis=1)
-    if KEEP:
-        store_matrix(slopes, n[:, None], N, e[None, :], WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
+    store_matrix(slopes, n[:, None], N, e[None, :], WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
     tl.store(probability + n, p_chosen, mask=n < N)
     tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
     tl.store(counts + tl.program_id(0) * CLASSES + e, hits(chosen, n, N, e), mask=e < CLASSES)
@@ -732,38 +723,35 @@ def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, ga
 @operator
 def router_forward(
     r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
-    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor, keep: bool,
+    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and slopes. Without keep
-    all these are empty, or of no more use."""
-    (N, R), kept = r.shape, len(r) if keep else 0
-    state, hidden, thought = torch.empty_like(r, dtype=torch.float32), W1.new_empty(N, R), W1.new_empty(N, R)
-    normed, first, second = (W1.new_empty(kept, R) for _ in range(3))
+    """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and slopes."""
+    (N, R), state = r.shape, torch.empty_like(r, dtype=torch.float32)
+    normed, first, hidden, second, thought = (W1.new_empty(N, R) for _ in range(5))
     c = launch_config("router_first")
     launch(
         router_first_kernel, (cdiv(N, c["BT"]),), r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden,
-        N, R=R, DEEP=previous is not None, KEEP=keep, BR=block(R), **c,
+        N, R=R, DEEP=previous is not None, BR=block(R), **c,
     )  # fmt: skip
     c = launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
-    launch(router_second_kernel, grid, hidden, W2, b2, second, thought, N, R=R, KEEP=keep, **c)
-    probability, choice, counts, slopes = choose(thought, W3, balancing, keep)
+    launch(router_second_kernel, grid, hidden, W2, b2, second, thought, N, R=R, **c)
+    probability, choice, counts, slopes = choose(thought, W3, balancing)
     return probability, choice, counts, state, normed, first, hidden, second, thought, slopes
 
 
-def choose(thought, W3, balancing, keep):
-    """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), and slopes, empty without
-    keep."""
+def choose(thought, W3, balancing):
+    """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), slopes."""
     (N, R), CLASSES, c = thought.shape, len(W3), launch_config("choose")
     programs, BE = cdiv(N, c["BT"]), block(len(W3))
     probability, choice = thought.new_empty(N, dtype=torch.float32), thought.new_empty(N, dtype=torch.int64)
     counts = thought.new_empty(programs, CLASSES, dtype=torch.int32)
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product for W3's gradient a slow one
-    slopes = thought.new_empty(N if keep else 0, width, dtype=torch.float32)
-    BK = min(block(R), 2**15 // (BE * W3.element_size()))  # of the matrix 32 KB at a time
+    slopes = thought.new_empty(N, width, dtype=torch.float32)
+    BK = min(block(R), max(16, 2**15 // (BE * W3.element_size())))  # of the matrix 32 KB at a time
     launch(
         choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, slopes, N, R=R,
-        CLASSES=CLASSES, WIDTH=width, KEEP=keep, BE=BE, BK=BK, **pdl(), **c,
+        CLASSES=CLASSES, WIDTH=width, BE=BE, BK=BK, **pdl(), **c,
     )  # fmt: skip
     return probability, choice, counts[0] if programs == 1 else counts.sum(dim=0, dtype=torch.int32), slopes
 
@@ -817,7 +805,7 @@ def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
     )
     d_b1, d_b2 = biases.to(d_W1.dtype)
     d_previous, d_gamma = (d_previous, norms[1]) if len(norms) == 2 else (None, None)
-    return grad_r, d_previous, d_gamma, norms[0], None, d_W1, d_b1, d_W2, d_b2, d_W3, None, None
+    return grad_r, d_previous, d_gamma, norms[0], None, d_W1, d_b1, d_W2, d_b2, d_W3, None
 
 
 router_forward.register_autograd(router_gradient, setup_context=save_for_router)
@@ -826,7 +814,7 @@ router_forward.register_autograd(router_gradient, setup_context=save_for_router)
 def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
     if len(r) <= 16 and not torch.is_grad_enabled():
         return router_of_few(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing)
-    return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing, torch.is_grad_enabled())[:4]
+    return router_forward(r, previous, gamma, norm, eps, *fc1, *fc2, out, balancing)[:4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1380,7 +1368,7 @@ def router_of_few(
     state = torch.empty_like(r, dtype=torch.float32)
     averaging = previous, gamma, None, None, None, norm, eps, state, None
     thought = gemv(gemv(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
-    return *choose(thought, W3, balancing, False)[:3], state
+    return *choose(thought, W3, balancing)[:3], state
 
 
 @triton.jit
