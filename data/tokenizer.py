@@ -31,6 +31,8 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 # What a tokenizer may consist of on disk; ours is the first two.
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
+OWN_TEMPLATE = "write one that does as chat_template.jinja there"
+
 
 class Tokenizer:
     """A tiktoken.Encoding. name; n_vocab; eot: the id between documents, or None. Special tokens in a text are text."""
@@ -83,6 +85,7 @@ class ForeignTokenizer:
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise ImportError(f"{folder}: this tokenizer.json needs a package more: pip install tokenizers") from None
+        self.folder = folder
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         try:
             self.backend = Backend.from_str(self.files["tokenizer.json"].decode())
@@ -133,7 +136,7 @@ class ForeignTokenizer:
         try:
             return environment.from_string(self.template).render(messages=messages, raise_exception=fail, **more)
         except Exception as error:  # a template is a program, and may raise anything
-            raise ValueError(f"the chat template of {self.name}: {error}") from None
+            raise ValueError(f"{self.folder}: its chat template fails: {error}; {OWN_TEMPLATE}") from None
 
     def turns(self, question):
         """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer). Special tokens in
@@ -141,7 +144,7 @@ class ForeignTokenizer:
         place = "\v\0\v"  # of the question, with white space around it that no template writes
         chat = self.render(("user", place), add_generation_prompt=True)
         if "\0" not in chat:
-            raise ValueError(f"the tokenizer {self.name} has no chat template that takes a question")
+            raise ValueError(f"{self.folder} has no chat template that takes a question; {OWN_TEMPLATE}")
         if place not in chat:  # the template trims it
             question, place = question.strip(), "\0"
         special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}

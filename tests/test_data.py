@@ -216,12 +216,9 @@ def test_a_special_token_in_a_question_is_text(tmp_path):
     [
         ("", "no chat template"),
         ("{{ bos_token }}", "no chat template"),
-        ("{{ raise_exception('not today') }}", "not today"),
-        ("{% for", "the chat template of chat"),
-        (
-            "{{ messages.append(1) }}",
-            "the chat template of chat",
-        ),  # it may change nothing, for it comes with a download
+        ("{{ raise_exception('not today') }}", "fails: not today; write one"),
+        ("{% for", "fails"),
+        ("{{ messages.append(1) }}", "fails"),  # it may change nothing, for it comes with a download
     ],
 )
 def test_a_template_that_takes_no_question_is_refused(tmp_path, template, message):
