@@ -35,6 +35,7 @@ from shlex import quote
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: else it keeps that, whose threads then may abort the exit
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as run_again
 from tqdm import tqdm

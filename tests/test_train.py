@@ -912,6 +912,25 @@ def test_saved_on_one_rank_resumed_on_two_and_then_on_four(finished, tmp_path):
     assert abs(alone - several) < 1e-5  # on the same part of the validation text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_no_thread_outlives_the_group_of_ranks():
+    """One that does aborts the process now and then at its exit, when all is done and saved."""
+    code = """
+import os, torch, train
+ranks = train.Ranks("cpu")
+ddp = train.averaging(torch.nn.Linear(4, 4))
+ddp(torch.ones(2, 4)).sum().backward()
+ranks.leave()
+del ddp
+print([open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")])
+"""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT | alone, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "gloo" not in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("first_says, taken", [(0, "float32"), (1, "bfloat16")])
 def test_all_ranks_take_the_first_ones_dtype(first_says, taken):
     second = SimpleNamespace(device=torch.device("cpu"), first=False, sum=lambda own: own + first_says)
