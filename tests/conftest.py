@@ -12,6 +12,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 # One thread, before torch and numpy start theirs: sums in one order, and no waiting for another core, which with small
 # tensors takes longer than the work.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's background jobs ignore Ctrl-C, those of nohup a closed terminal, too: what is started here shall not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
