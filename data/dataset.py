@@ -21,7 +21,12 @@ GENERATED = {"train.bin", "val.bin", "meta.json", *FILES}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, without the usage before it; exit status 2."""
+    """argparse, but --help says the defaults, no name is cut short, and an error is one line, without the usage before
+    it; exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -29,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(script, description, tokenizer):
     """A parser with the options that every prepare.py has. script: its __file__; tokenizer: the default."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--tokenizer", default=tokenizer, metavar="NAME|DIR",
                         help="bpe, chars, bytes, gpt2, or a folder with a tokenizer.json, such as a checkpoint")
     parser.add_argument("--vocab_size", type=in_range(int, 257, 2**20), default=2048, metavar="N",

@@ -31,7 +31,7 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 # What a tokenizer may consist of on disk; ours is the first two.
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
-OWN_TEMPLATE = "write one that does as chat_template.jinja there"
+OWN_TEMPLATE = "write one of your own as chat_template.jinja there"
 
 
 class Tokenizer:

@@ -432,6 +432,7 @@ def test_bad_input(folder, tmp_path, capsys):
     assert "invalid int" in fails(own_text.main, capsys, out, folder, "--vocab_size", "many")
     assert "--val_fraction" in fails(own_text.main, capsys, out, folder, "--val_fraction", "nan")
     assert "unrecognized" in fails(own_text.main, capsys, out, folder, "--vocabsize", "300")
+    assert "unrecognized" in fails(own_text.main, capsys, out, folder, "--vocab", "300")
     with pytest.raises(SystemExit):
         own_text.main([str(folder), "--out", str(folder / "copy.txt")])
     assert "not a folder" in capsys.readouterr().err

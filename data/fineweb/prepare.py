@@ -4,7 +4,6 @@
 A download that breaks off goes on where it stopped, also when this is started again.
 """
 
-import argparse
 import http.client
 import os
 import re
@@ -134,7 +133,7 @@ def write_tokens(file, shards, gpt2, tokenizer):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--shards", type=in_range(int, 1, 103), default=10, metavar="N",
                         help="shards to train on, 1 to 103, of 100 million tokens each")
     parser.add_argument("--tokenizer", default="gpt2", metavar="gpt2|DIR",
