@@ -19,9 +19,9 @@ Shapes, one letter each:
   L layers        E experts                F expert width                  R router width      V vocabulary
   P past tokens: how many before the current one CCA's two convolutions see
 
-linear, product, normalize and grouped_linear do what they say; how they do it fast stands after the model. Where the
-configuration offers a choice, CCA, Router, MixtureOfExperts and ResidualScaling are ZAYA1's own; the alternatives, for
-comparison, stand after the model, too.
+linear, product, normalize, grouped_linear and move_rows do what they say; how they do it fast stands after the model.
+Where the configuration offers a choice, CCA, Router, MixtureOfExperts and ResidualScaling are ZAYA1's own; the
+alternatives, for comparison, stand after the model, too.
 """
 
 import argparse
@@ -495,7 +495,7 @@ def experts(x, gate_up, down, offsets):
 
 @has_kernel
 def combine(y, place, probability):
-    """Every token's result back from its row, times its probability (N). y (N, D) -> (N, D)."""
+    """Every token's result back from its row, y[place], times its probability (N). y (N, D) -> (N, D)."""
     return move_rows(y, inverse_permutation(place)) * probability[:, None].to(y.dtype)
 
 
@@ -1084,7 +1084,8 @@ def inverse_permutation(order):
 
 
 def move_rows(x, place):
-    """Row n of x (N, D) to row place[n]. Its gradient is one copy back (x[order]'s would add rows one by one)."""
+    """Row n of x (N, D) to row place[n]. Its gradient is one copy back; that of an index, as in y[place], would add
+    rows one by one."""
     return torch.empty_like(x).index_copy_(0, place, x)
 
 
