@@ -8,6 +8,7 @@ In reading order: flags, ranks, speed and memory, data, optimizer (Muon, AdamW, 
 pictures, the loop. [R] is ZAYA1's report, arXiv 2605.05365.
 """
 
+import atexit
 import ctypes
 import fcntl
 import hashlib
@@ -172,6 +173,10 @@ class Ranks:
                 backend, store=store, rank=self.rank, world_size=self.world, device_id=own,
                 timeout=timedelta(minutes=30),  # NCCL's own 10 may not do while rank 0 writes a large checkpoint
             )  # fmt: skip
+            if backend == "gloo":
+                # Its threads, left alone, may abort the exit. They end with the last reference to the group, which must
+                # not be DistributedDataParallel's: that would wait for them with Python's lock, and they for the lock.
+                atexit.register(dist.destroy_process_group)  # when main's variables are gone
 
     def sum(self, tensor):
         """tensor, summed over all ranks, in place."""
@@ -185,7 +190,7 @@ class Ranks:
 
     def leave(self):
         self.wait()
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
 
@@ -1444,6 +1449,3 @@ if __name__ == "__main__":
             if "gloo/transport" not in str(error):
                 raise
             raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
-        finally:
-            if dist.is_initialized() and dist.get_backend() == "gloo":  # or its threads abort the process at an error
-                dist.destroy_process_group()
