@@ -694,8 +694,7 @@ class Zaya(nn.Module):
         """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
         sees."""
         use_kernels(self.kernels)
-        on_cpu_in_fp32 = (self.head.device.type, self.head.dtype) == ("cpu", torch.float32)
-        if on_cpu_in_fp32 and self.kernels != "triton" and self.config.is_zaya1:
+        if on_cpu_in_fp32(self.head) and self.kernels != "triton" and self.config.is_zaya1:
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
 
@@ -1262,9 +1261,13 @@ def times(a, b, out=None):
     return torch.mm(a, b.t(), out=out)
 
 
+def on_cpu_in_fp32(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def takes_onednn(x):
     """Whether products of x may go to oneDNN. torch.compile makes its own choice."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.compiler.is_compiling()
+    return on_cpu_in_fp32(x) and ONEDNN and not torch.compiler.is_compiling()
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -1320,8 +1323,7 @@ class PreparedProduct:
 @has_kernel
 def product(x, weight):
     """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
-    on_cpu_in_fp32 = (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-    return PreparedProduct(weight)(x) if on_cpu_in_fp32 else F.linear(x, weight)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32(weight) else F.linear(x, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
