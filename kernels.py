@@ -598,7 +598,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 
 
 @triton.jit
-def normal(x):
+def normal_pdf_and_cdf(x):
     """The normal distribution's density at x and its integral up to x, which is Abramowitz and Stegun's 26.2.17: off by
     at most 7.5e-8, in fp32 by 3e-7. With erf the backward kernels would have half as many instructions again."""
     density = tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361592)  # exp(-x^2 / 2) / sqrt(2 pi)
@@ -610,13 +610,13 @@ def normal(x):
 
 @triton.jit
 def gelu(x):
-    _, integral = normal(x)
+    _, integral = normal_pdf_and_cdf(x)
     return x * integral
 
 
 @triton.jit
 def gelu_slope(x):
-    density, integral = normal(x)
+    density, integral = normal_pdf_and_cdf(x)
     return integral + x * density
 
 
@@ -736,11 +736,11 @@ def router_forward(
     c = launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
     launch(router_second_kernel, grid, hidden, W2, b2, second, thought, N, R=R, **c)
-    probability, choice, counts, slopes = choose(thought, W3, balancing)
+    probability, choice, counts, slopes = last_layer_and_choice(thought, W3, balancing)
     return probability, choice, counts, state, normed, first, hidden, second, thought, slopes
 
 
-def choose(thought, W3, balancing):
+def last_layer_and_choice(thought, W3, balancing):
     """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), slopes."""
     (N, R), CLASSES, c = thought.shape, len(W3), launch_config("choose")
     programs, BE = cdiv(N, c["BT"]), block(len(W3))
@@ -1125,17 +1125,6 @@ def experts(x, gate_up, down, offsets):
 
 
 @triton.jit
-def load_affine(scale, bias, d, D):
-    """A scale and a bias (BD), 1 and 0 for None."""
-    s, b = 1.0, 0.0
-    if scale is not None:
-        s = load_vector(scale, d, D)
-    if bias is not None:
-        b = load_vector(bias, d, D)
-    return s, b
-
-
-@triton.jit
 def normed_by(x, weight, D, eps):
     return x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
 
@@ -1144,8 +1133,8 @@ def normed_by(x, weight, D, eps):
 def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D, eps, BD: tl.constexpr):
     """Grid (N)."""
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    sr, br = load_affine(s_r, b_r, d, D)
-    so, bo = load_affine(s_o, b_o, d, D)
+    sr, br = load_vector(s_r, d, D), load_vector(b_r, d, D)
+    so, bo = load_vector(s_o, d, D), load_vector(b_o, d, D)
     w = load_vector(weight, d, D)  # before the sum, for which threads wait for each other
     x = (load_vector(stream + n * D, d, D) + br) * sr + (load_vector(out + n * D, d, D) + bo) * so
     y = normed_by(x, w, D, eps)
@@ -1220,7 +1209,7 @@ def save_for_merge(ctx, inputs, output):
 
 
 def merge_gradient(ctx, grad_new, grad_normed):
-    stream, out, s_r, _, s_o, *_ = ctx.saved_tensors
+    _, _, s_r, _, s_o, *_ = ctx.saved_tensors
     grads = grad_new.contiguous(), grad_normed.contiguous()
     grad_stream, grad_out, (g, gx, go, gn) = merge_backward(*grads, *ctx.saved_tensors, ctx.eps)
     return grad_stream, grad_out, gx, g * s_r, go, g * s_o, gn, None
@@ -1291,6 +1280,17 @@ def cross_entropy(logits, targets, V, with_gradient):
 # A layer's launches depend on each other, and so each would wait for memory in turn. Where kernels can start early
 # (PDL) they first let the next one start, then ask for all that does not depend on those before: weights, old keys and
 # values. So matrices are on their way several kernels ahead: 714 tokens/s in place of 476 (H200, ZAYA1-8B).
+
+
+@triton.jit
+def load_affine(scale, bias, d, D):
+    """A scale and a bias (BD), 1 and 0 for None."""
+    s, b = 1.0, 0.0
+    if scale is not None:
+        s = load_vector(scale, d, D)
+    if bias is not None:
+        b = load_vector(bias, d, D)
+    return s, b
 
 
 @triton.jit
@@ -1368,7 +1368,7 @@ def router_of_few(
     state = torch.empty_like(r, dtype=torch.float32)
     averaging = previous, gamma, None, None, None, norm, eps, state, None
     thought = gemv(gemv(r, W1, b1, averaging, activate=True), W2, b2, activate=True)
-    return *choose(thought, W3, balancing)[:3], state
+    return *last_layer_and_choice(thought, W3, balancing)[:3], state
 
 
 @triton.jit
@@ -1516,7 +1516,7 @@ def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tens
 
 
 @triton.jit
-def load_past(k, v, s0, end, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
+def load_keys_values(k, v, s0, end, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
     """Keys and values (BS, BH) of positions s0 to end."""
     s, c = s0 + tl.arange(0, BS), tl.arange(0, BH)
     at, inside = s.to(tl.int64)[:, None] * (Hk * h) + c[None, :], (s < end)[:, None] & (c < h)[None, :]
@@ -1555,7 +1555,7 @@ def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.conste
     k, v = k + b.to(tl.int64) * S * Hk * h + head * h, v + b.to(tl.int64) * S * Hk * h + head * h
     # The first block but for the newest position, which the kernel before still writes
     s = start + tl.arange(0, BS)
-    keys, values = load_past(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
+    keys, values = load_keys_values(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
     wait_for_the_kernel_before(PDL)
     newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
@@ -1566,7 +1566,7 @@ def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.conste
         keys, values = tl.where(is_newest, key[None, :], keys), tl.where(is_newest, value[None, :], values)
         acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     for s0 in range(start + BS, stop, BS):
-        keys, values = load_past(k, v, s0, stop, Hk, h, BS, BH)
+        keys, values = load_keys_values(k, v, s0, stop, Hk, h, BS, BH)
         s = s0 + tl.arange(0, BS)
         acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     own = partial + (query * SPLITS + split) * (h + 2)

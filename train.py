@@ -684,7 +684,7 @@ class Saver:
     def save(self, step, record, best):
         """Save a step, as out/best, too, if it is the best. All ranks call this and give what they own; rank 0 writes,
         once the save before is done."""
-        self.wait()
+        self.check(wait=True)
         masters, state = self.optimizer.masters(), self.optimizer.state()
         if not self.ranks.first:
             return
@@ -718,14 +718,9 @@ class Saver:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
 
-    def wait(self):
-        """Wait for the last save to be written; raise what went wrong in it."""
-        if self.last:
-            self.last.result()
-
-    def check(self):
-        """The same without waiting."""
-        if self.last and self.last.done():
+    def check(self, wait=False):
+        """Raise what went wrong in the last save, if it is written already; wait: until it is."""
+        if self.last and (wait or self.last.done()):
             self.last.result()
 
 
@@ -1182,7 +1177,7 @@ def add_up_gradients(ddp, batches, config, ranks, spent):
 
 
 def main():
-    given = parse_flags(__doc__, TrainConfig, ZayaConfig)
+    given = parse_flags(__doc__, TrainConfig, PRESETS[TrainConfig.preset])
     if given.get("plot"):
         runs = [Path(run).expanduser() for run in given["plot"]]
         return compare(runs, Path(given.get("out", TrainConfig.out)).expanduser())
@@ -1297,7 +1292,7 @@ def main():
                     write_line(log, entry)
                 report(bar, entry)
             if bad_in_a_row == 10:
-                saver.wait()
+                saver.check(wait=True)
                 raise ArithmeticError(
                     f"the loss or the gradient was not finite in ten steps up to step {step}; {last_good(out)}"
                 )
@@ -1309,7 +1304,7 @@ def main():
             if stopping:
                 break
     with timed(spent, "checkpoints"):
-        saver.wait()
+        saver.check(wait=True)
     if ranks.world > 1:
         report_ranks(ddp, ranks)
     if ranks.first:

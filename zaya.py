@@ -105,10 +105,6 @@ class ZayaConfig:
         return all(getattr(self, name) == value for name, value in ZAYA1.items())
 
     @property
-    def is_zaya1_but_for_attention(self):
-        return all(getattr(self, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
-
-    @property
     def rotary_dim(self):
         return int(self.head_dim * self.partial_rotary_factor)
 
@@ -263,8 +259,8 @@ def attend(q, k, v, window=None):
     T, S = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # Without a mask, is_causal aligns the first query with the first key, which is wrong where S > T.
-    only_the_future_is_hidden = T in (1, S) and (window is None or window >= S)
-    mask = None if only_the_future_is_hidden else visible(S - T, 0, S, window, q.device)
+    windowed = window is not None and window < S
+    mask = visible(S - T, 0, S, window, q.device) if windowed or T not in (1, S) else None
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The fused kernel that takes a mask, or on ROCm fp32, does not know grouped heads: one key head a query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -359,7 +355,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Gives each token one of E experts, or the skip class: then no expert of this layer sees it."""
+    """Gives each token one of E experts, or the skip class: then no expert adds anything to it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -384,11 +380,12 @@ class Router(nn.Module):
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
     def forward(self, x, previous):
-        """x (N, D), previous: the previous layer's state (N, R) or None -> what route returns."""
+        """x (N, D), previous: the previous layer's state (N, R) or None -> probability and number (N) of the class
+        chosen, state (N, R) for the next layer."""
         return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), previous)
 
     def think(self, r, previous):
-        """r (N, R), x projected down -> what route returns."""
+        """The same of r (N, R), x projected down. (hidden_of_one, which makes that product itself, enters here.)"""
         mlp = self.router_mlp
         gamma = getattr(self, "router_states_scale", None)  # none in the first layer, and none for no_eda
         previous = None if gamma is None else previous
@@ -397,10 +394,10 @@ class Router(nn.Module):
             r, previous, gamma, norm.weight, norm.eps, fc1, fc2, mlp["out_proj"].weight, self.balancing_biases
         )
         self.count(counts)
-        return probability, choice, counts, state
+        return probability, choice, state
 
     def count(self, counts):
-        """Add to the load counts, except during generation. (torch.compile cannot trace the question, so it counts.)"""
+        """Add to the load counts, except during generation. (torch.compile cannot trace that test: compiled, it counts.)"""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             self.counts += counts
 
@@ -457,7 +454,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x, router_state):
         """x (B, T, D), router_state (N, R) or None -> (B, T, D), router_state."""
         shape, x = x.shape, x.flatten(0, 1)
-        probability, choice, _, router_state = self.gate(x, router_state)
+        probability, choice, router_state = self.gate(x, router_state)
         return self.weighted_experts(x, probability, choice).view(shape), router_state
 
     def weighted_experts(self, x, probability, choice):
@@ -699,7 +696,10 @@ class Zaya(nn.Module):
             return lambda token: pick(decoder.step(token))
 
         by_kernels = on_kernels(cache.end)
-        alone = by_kernels and len(cache.layers[0].k) == 1 and self.config.is_zaya1_but_for_attention
+        but_for_attention = all(
+            getattr(self.config, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling")
+        )
+        alone = by_kernels and len(cache.layers[0].k) == 1 and but_for_attention
 
         def step(token):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
@@ -806,10 +806,10 @@ class LayerCache:
     tries a step and takes it back."""
 
     def __init__(self, config, k, v, recent, end):
-        self.k, self.v, self.recent, self.length, self.end = k, v, recent, 0, end
+        self.k, self.v, self.recent, self.end = k, v, recent, end
         Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.past_tokens, self.C, self.late = config.past_tokens, (Hq + Hk) * h, Hk * h // 2
-        self.newest = None  # Cache.advance sets it and length
+        self.newest = None  # Cache.advance sets it
         self.projection = None  # CCA.projection's result: while a cache lives, no weight changes
 
     @staticmethod
@@ -833,15 +833,15 @@ class LayerCache:
         """Take in the keys and values (B, T, Hk, h) of the newest tokens; return all, (B, S, Hk, h) each."""
         self.k.index_copy_(1, self.newest.positions, k)
         self.v.index_copy_(1, self.newest.positions, v)
-        return self.k[:, : self.length], self.v[:, : self.length]
+        return self.k[:, : self.newest.end], self.v[:, : self.newest.end]
 
 
 class Newest:
-    """Where the newest tokens, at positions (T), lie in a cache whose `recent` has size rows: asked for by each layer,
-    computed once."""
+    """Where the newest tokens, at positions (T), of which the last is end - 1, lie in a cache whose `recent` has size
+    rows: asked for by each layer, computed once."""
 
-    def __init__(self, positions, size):
-        self.positions, self.size = positions, size
+    def __init__(self, positions, end, size):
+        self.positions, self.end, self.size = positions, end, size
 
     @cached_property
     def rows(self):
@@ -880,9 +880,9 @@ class Cache:
         positions = torch.arange(T, device=self.end.device) + self.end
         self.length += T
         self.end += T
-        newest = Newest(positions, self.layers[0].recent.shape[1])
+        newest = Newest(positions, self.length, self.layers[0].recent.shape[1])
         for layer in self.layers:
-            layer.length, layer.newest = self.length, newest
+            layer.newest = newest
         return {name: (cos[positions], sin[positions]) for name, (cos, sin) in self.rotary.items()}
 
 
@@ -1018,9 +1018,10 @@ class LinearRouter(Router):
         self.out_proj = nn.Linear(config.hidden_size, config.num_experts + 1, bias=False)
 
     def forward(self, x, previous):
-        chosen = choose(linear(x, self.out_proj.weight).float().softmax(dim=-1), self.balancing_biases)
-        self.count(chosen[2])
-        return *chosen, None
+        probabilities = linear(x, self.out_proj.weight).float().softmax(dim=-1)
+        probability, choice, counts = choose(probabilities, self.balancing_biases)
+        self.count(counts)
+        return probability, choice, None
 
 
 class PlainSum(nn.Module):
@@ -1347,9 +1348,11 @@ def on_kernels(x):
     """Whether kernels are wanted, and can run where x lies."""
     if _kernels == "eager" or (_kernels == "auto" and not x.is_cuda):
         return False
-    if triton_kernels is None:
-        return warn_once("Triton is not installed: eager PyTorch is used")
-    return triton_kernels.can_run_on(x.device) or warn_once(f"no kernels on {x.device}: eager PyTorch is used")
+    if triton_kernels is not None and triton_kernels.can_run_on(x.device):
+        return True
+    reason = "Triton is not installed" if triton_kernels is None else f"no kernels on {x.device}"
+    warn_once(f"{reason}: eager PyTorch is used")
+    return False
 
 
 def torch_is_faster(x, gate_up):
@@ -1363,11 +1366,10 @@ def on_hopper():
 
 
 def warn_once(message, said=set()):  # noqa: B006 the set is to live on
-    """Print a message to stderr, the first time only. Returns False."""
+    """Print a message to stderr, the first time only."""
     if message not in said:
         said.add(message)
         print(f"zaya.py: {message}", file=sys.stderr)
-    return False
 
 
 # torch.compile then runs these two while tracing, and need not break the graph there. It is the flag that
@@ -1516,7 +1518,8 @@ class DecoderLayer:
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
-        past, v_before = cache.past(Newest(torch.tensor([cache.length]), cache.recent.shape[1]).rows_before)
+        end = cache.newest.end  # of the prompt
+        past, v_before = cache.past(Newest(torch.tensor([end]), end + 1, cache.recent.shape[1]).rows_before)
         self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         self.project = PreparedProduct(part.projection(cache))
@@ -1624,7 +1627,7 @@ def hidden_of_one(model, token, cache):
         scaling, norm = block.post_attention_residual_scale.vectors, block.post_attention_layernorm
         down = gate.down_proj.weight, gate.down_proj.bias
         stream, normed, r = merged_product(stream, out, *scaling, norm.weight, norm.eps, *down)
-        probability, choice, _, state = gate.think(r, state)
+        probability, choice, state = gate.think(r, state)
         out, scaling = block.mlp.weighted_experts(normed, probability, choice), block.post_mlp_residual_scale.vectors
     return merge(stream, out, *scaling, model.norm.weight, model.norm.eps)[1].to(model.head.dtype)
 
@@ -1695,7 +1698,9 @@ def config_from_json(values):
     known = {name: values[name] for name in names if name in values}
     ropes = values.get("rope_parameters") or {}
     if "rope_theta" in ropes and "hybrid" not in ropes:
-        raise ValueError("config.json has one rope_theta for all types of layer; only one for each is known here")
+        raise ValueError(
+            "config.json has one rope_theta for all types of layer, not an entry for each, as ZAYA1's have"
+        )
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = ropes.get(layer_type) or {}
         if rope.get("rope_type", "default") != "default":
@@ -1940,15 +1945,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_flags(description, *classes):
-    """Read sys.argv: a --flag for every field of the dataclasses, with the comment on its line as its help.
+def parse_flags(description, *defaults):
+    """Read sys.argv: a --flag for every field of some dataclasses, with the comment on its line as its help. defaults:
+    these classes, or instances of them that have other defaults.
 
     Returns {name: value} of the flags given. An unknown flag or a malformed value ends in one line and exit status 2.
     """
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for cls in classes:
+    for default in defaults:
+        cls = default if isinstance(default, type) else type(default)
         group, source = parser.add_argument_group(cls.__name__), inspect.getsource(cls)
         for field in fields(cls):
             comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)[1].replace("%", "%%")
@@ -1956,7 +1963,7 @@ def parse_flags(description, *classes):
             flag = {"nargs": "?", "const": True} if bool in kinds else {"nargs": "+"} if list[str] in kinds else {}
             group.add_argument(
                 f"--{field.name}", type=partial(read_flag, kinds), default=argparse.SUPPRESS,
-                metavar=field.name.split("_")[-1].upper(), help=f"{comment} (default: {field.default})", **flag,
+                metavar=field.name.split("_")[-1].upper(), help=f"{comment} (default: {getattr(default, field.name)})", **flag,
             )  # fmt: skip
     given = vars(parser.parse_args())
     for name, value in given.items():
@@ -2012,7 +2019,9 @@ def choose_device(name):
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device in usable if usable[device])
-    if not usable.get(name):
+    if name not in usable:
+        raise ValueError(f"--device {name} is none of auto, {', '.join(usable)}")
+    if not usable[name]:
         raise ValueError(f"--device {name} is not available on this machine")
     return name
 
@@ -2048,7 +2057,7 @@ def forward_flops(config, active, context, mean=False):
 
 
 def positions_seen(config, context, mean=False):
-    """How many positions a token after `context` others attends to, summed over the layers; mean: of all of these."""
+    """How many positions the last of `context` tokens attends to, summed over the layers; mean: of all of them."""
     sliding = config.layer_types.count("hybrid_sliding")
     full, window = context, min(context, config.sliding_window or context)
     if mean:  # the first `window` tokens see half as many

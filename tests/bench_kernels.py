@@ -50,7 +50,7 @@ def cases(config, B, T, device, dtype):
     cache = zaya.LayerCache(c, *buffers, length)
     for tensor in (cache.recent, cache.k, cache.v):
         tensor.normal_()
-    cache.length, cache.newest = 8 * T, zaya.Newest(torch.tensor([8 * T - 1], device=device), cache.recent.shape[1])
+    cache.newest = zaya.Newest(torch.tensor([8 * T - 1], device=device), 8 * T, cache.recent.shape[1])
     weights = 3 * E * F * D * size
     return {
         "cca": (

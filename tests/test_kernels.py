@@ -172,7 +172,7 @@ def test_a_new_token_enters_the_cache(position, taps):
     args, end = cases(config, 2, 1, "cpu", torch.float32)["cca"][0], torch.tensor(position + 1, dtype=torch.int32)
     for way in ("eager", "triton"):
         cache = zaya.LayerCache(config, *(torch.zeros(2, *shape) for shape in zaya.LayerCache.shapes(config, 9)), end)
-        cache.length, cache.newest = position + 1, zaya.Newest(torch.tensor([position]), cache.recent.shape[1])
+        cache.newest = zaya.Newest(torch.tensor([position]), position + 1, cache.recent.shape[1])
         buffers = cache.recent, cache.k, cache.v
         torch.manual_seed(0)
         for buffer in buffers:

@@ -167,7 +167,7 @@ def test_experts_are_those_that_wrote_the_text(finished):
     handle = model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: x.append(args))
     model(torch.tensor([ids]))
     handle.remove()
-    p, choice, _, _ = model.layers[1].mlp.gate(*x[0])
+    p, choice, _ = model.layers[1].mlp.gate(*x[0])
     assert choice.equal(chosen[1]) and torch.allclose(p, probability[1])
 
 
