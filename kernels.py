@@ -48,9 +48,9 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, but for the router the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with
 #   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
-#   preset small, 251 us for 356; in halves for RoPE then 207). The experts' tiles are as large as 255 registers a
-#   thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one program each. The router's,
-#   still to be measured, leave room for 16 warps an SM (by Triton 3.6).
+#   preset small, 251 us instead of 356, and 207 since a head is held in two halves for RoPE). The experts' tiles are as
+#   large as 255 registers a thread allow (128 x 256; grouped products 732 us, by 128 x 128 898), and fill an SM: one
+#   program each. The router's, still to be measured, leave room for 16 warps an SM (by Triton 3.6).
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 ARCHITECTURES = "gfx942", "sm_90", "other"
@@ -166,7 +166,8 @@ def wait_for_the_kernel_before(PDL: tl.constexpr):
     """Wait until it, and so all before it, has ended and what it wrote can be read. Every program of a kernel with
     pdl() calls this before it writes anything, and before it reads what this decoding step has made. It may read
     before: weights, and what was there when the step's first such kernel started, or when torch's last kernel had ended
-    (old tokens' parts of the cache, end, cos, sin). expert_gemv_kernel knows of two things more."""
+    (old tokens' parts of the cache, end, cos, sin). (expert_gemv_kernel's second launch reads choice and probability
+    early, too: see there.)"""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -1619,7 +1620,7 @@ def can_run_on(device):
 
 def unsupported(name, *args):
     """Why a kernel cannot take these arguments; None if it can."""
-    # route: that of its matrices; the merges: of what is added
+    # The dtype that counts: of route's matrices, and of what a merge adds to the stream
     merges = name in ("merge", "merged_product")
     dtype = args[5][0].dtype if name == "route" else args[1 if merges else 0].dtype
     if dtype not in DTYPES:

@@ -107,9 +107,8 @@ class TrainConfig:
 
 # What a preset trains with where no flag says otherwise; TrainConfig's own defaults are nano's. The rates: zaya1-8b's
 # is phase 1 of [R] (16.8M tokens a step, 8 trillion in all), nano's was measured, the others' lie between, by width.
-# (Nano, mean bits a byte of four seeds: with a warm-up of 60 steps and lr 0.012, 0.016, 0.02 and 0.028 1.468, 1.444,
-# 1.437 and 1.468, but with 0.02 eight layers of width 128 leave experts idle; with 20 steps and 0.008 and 0.012 1.573
-# and 1.504.)
+# (Nano, mean bits a byte of four seeds. Warm-up 60: 1.468 for lr 0.012, 1.444 for 0.016, 1.437 for 0.02, where eight
+# layers of width 128 leave experts idle, 1.468 for 0.028. Warm-up 20: 1.573 for 0.008, 1.504 for 0.012.)
 RECIPES = {
     "mini": dict(steps=4000, batch_size=256, lr=4e-3, warmup=100, eval_every=500),  # 1 billion tokens
     "small": dict(steps=5700, batch_size=128, lr=1.6e-3, warmup=200, eval_every=500),  # 3 billion
@@ -195,8 +194,8 @@ class Ranks:
 
 
 def faster_dtype(ranks):
-    """bfloat16 on a GPU; on a CPU whichever multiplies faster, by the first rank's clock: native bf16 has 2 to 4 times
-    fp32's rate."""
+    """bfloat16 on a GPU (but not on MPS); on a CPU whichever multiplies faster, by the first rank's clock: native bf16
+    has 2 to 4 times fp32's rate."""
     if ranks.device.type != "cpu":
         return "bfloat16" if ranks.device.type == "cuda" else "float32"
 
@@ -222,8 +221,9 @@ def tune_memory():
 # What the hardware can do, and what a step takes of it
 
 PEAK_FLOPS = {  # dense bf16 by datasheet, by the first part that a device's name has; an MI250X is two devices
-    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250": 383e12 / 2,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250X": 383e12 / 2, "MI250": 362e12 / 2,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12,
 }  # fmt: skip
 
 
@@ -368,7 +368,7 @@ def open_data(name, ranks):
     folder = ROOT / "data" / name if (ROOT / "data" / name / "prepare.py").exists() else Path(name).expanduser()
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
-            raise ValueError(f"{folder / 'prepare.py'} failed; run it by hand with the arguments it asks for")
+            raise ValueError(f"{folder / 'prepare.py'} failed, see above; if it asks for arguments, run it by hand")
     ranks.wait()
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {name}: no such name under data/ and no such folder")
@@ -567,7 +567,7 @@ class AdamW:
 
     def state(self):
         vectors = {f"{self.prefix}.{name}": self.gather(getattr(self, name)) for name in ("mean", "square")}
-        return vectors | {f"{self.prefix}.count": self.count}
+        return vectors | {f"{self.prefix}.count": self.count.clone()}
 
     def load_state(self, tensors):
         self.mean.copy_(self.shard([tensors[f"{self.prefix}.mean"]]))
@@ -576,12 +576,12 @@ class AdamW:
 
 
 # The betas of the AdamW loop on the balancing biases. Without a memory of the past it moves each of them by the sign of
-# its expert's error alone, which is DeepSeek-V3's way. (With none it stands still.)
+# its expert's error alone, which is DeepSeek-V3's way. ("none" leaves them alone.)
 BALANCING = {"pid": (0.5, 0.9), "sign": (0.0, 0.0), "none": (0.0, 0.0)}
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for the rest, and a third AdamW loop that keeps the experts evenly busy.
+    """Muon for the matrices, AdamW for the rest, and a second AdamW that keeps the experts evenly busy.
 
     Takes the fp32 model as it is, keeps the masters, and leaves the model cast to dtype.
     """
@@ -675,11 +675,12 @@ def last_good(out):
 
 
 class Saver:
-    """Saves checkpoints while training goes on, where the memory for a copy of what is to be saved is free."""
+    """Saves checkpoints while training goes on; on a CPU only where twice the memory of what is to be saved is free."""
 
     def __init__(self, out, optimizer, tokenizer, keep, ranks):
         self.out, self.optimizer, self.tokenizer, self.keep, self.ranks = out, optimizer, tokenizer, keep, ranks
         self.thread, self.last = ThreadPoolExecutor(1), None  # the Future of the last save in the background
+        self.on_cpu = ranks.device.type == "cpu"
 
     def save(self, step, record, best):
         """Save a step, as out/best, too, if it is the best. All ranks call this and give what they own; rank 0 writes,
@@ -689,9 +690,13 @@ class Saver:
         if not self.ranks.first:
             return
         size = sum(t.numel() * t.element_size() for tensors in (masters, state) for t in tensors.values())
-        if free_memory() < 2 * size:
+        if self.on_cpu and free_memory() < 2 * size:
             return self.write(step, masters, state, dict(record), best)
-        masters, state = ({name: t.detach().to("cpu", copy=True) for name, t in d.items()} for d in (masters, state))
+        # On a CPU these are what the next step will change; from a GPU most of them have been copied already.
+        masters, state = (
+            {name: t.detach().to("cpu", copy=self.on_cpu) for name, t in tensors.items()}
+            for tensors in (masters, state)
+        )
         self.last = self.thread.submit(self.write, step, masters, state, dict(record), best)
 
     def write(self, step, masters, state, record, best):
@@ -1032,9 +1037,9 @@ def saved_flags(out):
         TrainConfig(**flags_of(TrainConfig, flags))
     except (ValueError, OSError, TypeError) as error:
         if not checkpoints:
-            raise ValueError(f"{path} is damaged, and there is no checkpoint yet: {error}") from None
+            raise ValueError(f"{path} cannot be read, and there is no checkpoint yet: {error}") from None
         checkpoint = first_whole(checkpoints, check, say=False)
-        warn_once(f"{path} is damaged ({error}); the flags are those of {checkpoint}")
+        warn_once(f"{path} cannot be read ({error}); the flags are those of {checkpoint}")
         flags = read_json(checkpoint / "trainer.json")["flags"]
     return flags
 
@@ -1074,8 +1079,7 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
 
 
 def note_data(record, folder, training, config, ranks):
-    """Let the record say what data there is. Other training tokens than before are said; of another validation text no
-    checkpoint is the best yet."""
+    """Record which data is used: say so if the training tokens changed; if the validation text did, forget the best."""
     size = len(training.ids)
     if record.get("train_tokens", size) != size and ranks.first and not config.eval_only:
         print(f"--data has other training tokens than at step {record['step']}: they come in an order of their own")
@@ -1107,7 +1111,7 @@ def checkpoint_to_resume(out, ranks):
 
 
 def open_log(out):
-    """The log of a run directory, for more lines; as long as it is open no other process can open it so: OSError."""
+    """The log of a run directory, for more lines; while it is open, open_log raises OSError in any other process."""
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a", buffering=1)
     try:
@@ -1406,9 +1410,9 @@ def report_speed(out, start, spent):
 
 def report_ranks(ddp, ranks):
     """Print which rank is the slowest, by what DistributedDataParallel timed: the first steps and every hundredth."""
-    timed, ms = ddp._get_ddp_logging_data(), torch.zeros(ranks.world, 2, device=ranks.device)
+    logged, ms = ddp._get_ddp_logging_data(), torch.zeros(ranks.world, 2, device=ranks.device)
     parts = "forward_compute", "backward_compute", "backward_comm", "backward_compute_comm_overlap"
-    forward, backward, communication, hidden = (timed.get(f"avg_{part}_time", 0) / 1e6 for part in parts)  # were ns
+    forward, backward, communication, hidden = (logged.get(f"avg_{part}_time", 0) / 1e6 for part in parts)  # were ns
     ms[ranks.rank] = torch.tensor([forward + backward, communication - hidden])
     own, waited = ranks.sum(ms).t().tolist()
     slowest = own.index(max(own))

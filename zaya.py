@@ -397,7 +397,7 @@ class Router(nn.Module):
         return probability, choice, state
 
     def count(self, counts):
-        """Add to the load counts, except during generation. (torch.compile cannot trace that test: compiled, it counts.)"""
+        """Add to the load counts, except during generation. (torch.compile cannot trace that: compiled, all count.)"""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             self.counts += counts
 
@@ -1065,8 +1065,8 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU nothing waits for them. Products, which takes
-    the other dtypes and the widths that are no multiple of 16 bytes, does; so does grouped_mm's own loop on ROCm.
+    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU the host need not wait for them; in Products
+    (other dtypes, widths that are no multiple of 16 bytes) and in grouped_mm's own loop on ROCm it must.
     """
     if takes_grouped_mm(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -1090,7 +1090,7 @@ def move_rows(x, place):
 
 
 def experts_on_cpu(x, probability, choice, gate_up, down):
-    """dispatch, experts and combine on a CPU, with rows as places makes them."""
+    """dispatch, experts and combine on a CPU, with each expert's rows padded, as places says."""
     if torch.compiler.is_compiling():  # how many tokens each expert gets, and so the shapes, only the run will tell
         return torch.compiler.disable(experts_on_cpu)(x, probability, choice, gate_up, down)
     place, rows = places(choice, len(down))
@@ -1197,8 +1197,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
 
     A chunk of tokens at a time: logits, loss and, already in the forward pass, their gradient. What is kept for the
-    backward pass are the two gradients alone. Logits are in the compute dtype, as [T] has them, loss and softmax fp32.
-    (With fp32 logits a bf16 nano ended at 1.453 and 1.605 bits a byte with two seeds, with bf16 at 1.453 and 1.594.)
+    backward pass are the two gradients alone. Loss and softmax are fp32, logits in the compute dtype, as [T] has them;
+    [R] says fp32, with which a bf16 nano of an earlier recipe was no better: 1.453 and 1.605 bits a byte with two
+    seeds, 1.453 and 1.594 with bf16.
     """
 
     @staticmethod
@@ -1435,7 +1436,7 @@ def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_posi
     """A ZAYA1 of another size in the official proportions: queries D / 2, keys D / 8, F = D, R = D / 8, 16 experts.
 
     Fresh weights have the standard deviation D^-0.5, which at ZAYA1's width is its 0.02. For nano after 60 steps the
-    validation loss was 4.58 so and 4.66 with 0.02; for tiny Shakespeare (D = 128, 250 steps) 1.604 and 1.625.
+    validation loss was 4.58 this way and 4.66 with 0.02; for tiny Shakespeare (D = 128, 250 steps) 1.604 and 1.625.
     """
     return ZayaConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, head_dim=head_dim,
@@ -1447,7 +1448,7 @@ def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_posi
 
 
 PRESETS = {
-    # A laptop's CPU, minutes. In 80 s two layers reach 1.43 bits a byte, three 1.53: more tokens beat more layers.
+    # A laptop's CPU, minutes. In equal time two layers reach 1.43 bits a byte, three 1.53: more tokens beat more depth.
     "nano": replica(256, 2, 32, vocab_size=2048, max_position_embeddings=256),
     "mini": replica(512, 12, 64, max_position_embeddings=1024),  # one GPU
     "small": replica(1024, 20, 128),  # one GPU or one node
@@ -1847,7 +1848,7 @@ def find_checkpoint(path):
 
 
 def weight_files(checkpoint):
-    """A checkpoint's safetensors files: one, or its index's, or all. Whether they are there, who opens them sees."""
+    """A checkpoint's safetensors files: one, or its index's, or all. They may be missing: opening them will tell."""
     single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -1962,8 +1963,8 @@ def parse_flags(description, *defaults):
             kinds = get_args(field.type) or (field.type,)
             flag = {"nargs": "?", "const": True} if bool in kinds else {"nargs": "+"} if list[str] in kinds else {}
             group.add_argument(
-                f"--{field.name}", type=partial(read_flag, kinds), default=argparse.SUPPRESS,
-                metavar=field.name.split("_")[-1].upper(), help=f"{comment} (default: {getattr(default, field.name)})", **flag,
+                f"--{field.name}", type=partial(read_flag, kinds), metavar=field.name.split("_")[-1].upper(),
+                help=f"{comment} (default: {getattr(default, field.name)})", default=argparse.SUPPRESS, **flag,
             )  # fmt: skip
     given = vars(parser.parse_args())
     for name, value in given.items():
