@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, first_whole, forward_flops, literal, load_safetensors, newest_first, parse_flags, pyplot,
-    read_json, save_safetensors, stop_in_one_line, warn_once, watts,
+    find_checkpoint, first_whole, literal, load_safetensors, newest_first, parse_flags, pyplot, read_json,
+    save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -234,11 +234,6 @@ def rates(device, dtype):
     a = torch.randn(size, size, device=device).to(dtype)
     seconds = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), repeat=5, number=1))  # item() waits
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None), 2 * size**3 / seconds
-
-
-def flops_a_token(config, active, block_size):
-    """Forward, and twice that backward, mean of a block's tokens."""
-    return 3 * forward_flops(config, active, block_size, mean=True)
 
 
 class Speed:
@@ -1239,7 +1234,7 @@ def main():
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(training.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
         )
-        flops = flops_a_token(model.config, active, config.block_size) / ranks.world
+        flops = training_flops(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
 
     asked_to_stop = listen(ranks)

@@ -1065,13 +1065,13 @@ def linear(x, weight, bias=None):
 def grouped_linear(x, weight, offsets):
     """Rows of x (N, in), sorted by expert, times their own expert's weight (E, out, in) -> (N, out).
 
-    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU the host need not wait for them; in Products
-    (other dtypes, widths that are no multiple of 16 bytes) and in grouped_mm's own loop on ROCm it must.
+    offsets (E): where each expert's rows end. In bf16 on an NVIDIA GPU the host need not wait for them; in
+    GroupedLinear (other dtypes, widths that are no multiple of 16 bytes) and in grouped_mm's own loop on ROCm it must.
     """
     if takes_grouped_mm(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     rows = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return Products.apply(x, weight, rows)
+    return GroupedLinear.apply(x, weight, rows)
 
 
 def takes_grouped_mm(x, weight):
@@ -1095,8 +1095,8 @@ def experts_on_cpu(x, probability, choice, gate_up, down):
         return torch.compiler.disable(experts_on_cpu)(x, probability, choice, gate_up, down)
     place, rows = places(choice, len(down))
     x = x.new_zeros(sum(rows), x.shape[1]).index_copy_(0, place, x)
-    gate, up = Products.apply(x, gate_up, rows).chunk(2, dim=-1)
-    y = Products.apply(F.silu(gate) * up, down, rows)
+    gate, up = GroupedLinear.apply(x, gate_up, rows).chunk(2, dim=-1)
+    y = GroupedLinear.apply(F.silu(gate) * up, down, rows)
     return y.index_select(0, place) * probability[:, None].to(y.dtype)
 
 
@@ -1113,7 +1113,7 @@ def places(choice, E):
     return place + (fill.cumsum(dim=0) - fill)[choice], (counts + fill).tolist()
 
 
-class Products(torch.autograd.Function):
+class GroupedLinear(torch.autograd.Function):
     """x (sum(rows), in), cut into E pieces of rows[e] rows, each times its own weight[e].T, weight (E, out, in)
     -> (sum(rows), out)."""
 
@@ -1121,7 +1121,7 @@ class Products(torch.autograd.Function):
     def forward(ctx, x, weight, rows):
         ctx.save_for_backward(x, weight)
         ctx.rows = rows
-        return products(x, weight, rows)
+        return grouped_product(x, weight, rows)
 
     @staticmethod
     def backward(ctx, grad):
@@ -1129,11 +1129,11 @@ class Products(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         for grad_e, x_e, out_e in zip(grad.split(ctx.rows), x.split(ctx.rows), grad_weight):
             times(grad_e.t(), x_e.t(), out=out_e)
-        return products(grad, weight.mT, ctx.rows), grad_weight, None
+        return grouped_product(grad, weight.mT, ctx.rows), grad_weight, None
 
 
-def products(x, weight, rows):
-    """What Products computes, without a gradient."""
+def grouped_product(x, weight, rows):
+    """What GroupedLinear computes, without a gradient."""
     out = x.new_empty(len(x), weight.shape[1])
     for x_e, w_e, out_e in zip(x.split(rows), weight, out.split(rows)):
         times(x_e, w_e, out=out_e)
@@ -1193,6 +1193,14 @@ class Normalize(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+# Of logits, on a CPU (False) and on a GPU: numbers in a chunk (4 MB of fp32 stay in a cache, 1 GB of bf16 keeps a GPU
+# busy); and of what the vocabulary is made a multiple (a GPU's fast products want rows that begin at multiples of 16
+# bytes).
+LOGITS_AT_ONCE = {False: 2**20, True: 2**29}
+VOCABULARY_MULTIPLE = {False: 1, True: 64}
+FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
 
@@ -1247,13 +1255,6 @@ def minus_one_hot(p, y):
     return p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
 
 
-# On a CPU, and on a GPU: numbers in a chunk (4 MB of fp32 stay in a cache, 1 GB of bf16 keeps a GPU busy); and of what
-# the vocabulary is made a multiple (a GPU's fast products want rows that begin at multiples of 16 bytes).
-LOGITS_AT_ONCE = {False: 2**20, True: 2**29}
-VOCABULARY_MULTIPLE = {False: 1, True: 64}
-FEWEST_ROWS = 128  # no fewer, for each chunk reads the whole head three times
-
-
 def times(a, b, out=None):
     """a @ b.T of two matrices. In fp32 on a CPU oneDNN is a little faster than MKL, PyTorch's own choice, but it copies
     an a that is transposed."""
@@ -1263,6 +1264,9 @@ def times(a, b, out=None):
     return torch.mm(a, b.t(), out=out)
 
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
 def on_cpu_in_fp32(x):
     return x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -1270,9 +1274,6 @@ def on_cpu_in_fp32(x):
 def takes_onednn(x):
     """Whether products of x may go to oneDNN. torch.compile makes its own choice."""
     return on_cpu_in_fp32(x) and ONEDNN and not torch.compiler.is_compiling()
-
-
-ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def by_onednn(a, b):
@@ -2057,6 +2058,11 @@ def forward_flops(config, active, context, mean=False):
     return 2 * (active + head) + attention
 
 
+def training_flops(config, active, context):
+    """Operations of a token forward and, twice as many, backward: the mean of a text of `context` tokens."""
+    return 3 * forward_flops(config, active, context, mean=True)
+
+
 def positions_seen(config, context, mean=False):
     """How many positions the last of `context` tokens attends to, summed over the layers; mean: of all of them."""
     sliding = config.layer_types.count("hybrid_sliding")
@@ -2108,8 +2114,8 @@ def cost_table():
         twins["  conventional twin"] = replace(config, mlp="dense", attention="mha", cca_without=None)
         for label, twin in twins.items():
             total, active, flops, kv_bytes = token_costs(twin, flags.context)
-            training = 3 * forward_flops(twin, active, flags.context, mean=True)
-            dollars = training * 1e6 / (flags.peak_tflops * 1e12 * flags.mfu) / 3600 * flags.gpu_hour
+            seconds = 1e6 * training_flops(twin, active, flags.context) / (flags.peak_tflops * 1e12 * flags.mfu)
+            dollars = seconds / 3600 * flags.gpu_hour
             print(f"{label:26}{total:15,}{active:14,}{flops / 1e9:9.3f}{kv_bytes:10,}{dollars:15.6f}")
     print(
         f"active: without the embedding. GFLOP: forward, LM head included, {flags.context:,} tokens of context.\n"

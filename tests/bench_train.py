@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train import Optimizer, TrainConfig, flops_a_token, rates  # noqa: E402
-from zaya import KERNELS, PRESETS, Zaya  # noqa: E402
+from train import Optimizer, TrainConfig, rates  # noqa: E402
+from zaya import KERNELS, PRESETS, Zaya, training_flops  # noqa: E402
 
 ALONE = SimpleNamespace(rank=0, world=1, first=True)
 
@@ -97,7 +97,7 @@ def main():
 
         seconds = median_seconds(step, flags.steps, device)
         total, active = model.parameter_counts()
-        achieved = flops_a_token(twin, active, context) * tokens[:, 1:].numel() / seconds
+        achieved = training_flops(twin, active, context) * tokens[:, 1:].numel() / seconds
         mfu = f"MFU {achieved / peak:.1%}" if peak else "MFU unknown (no datasheet for this device)"
         print(
             f"{label:12}{total / 1e6:8.0f}M parameters, {active / 1e6:.0f}M active: {seconds:.3f} s a step, "

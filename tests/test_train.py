@@ -999,11 +999,11 @@ def test_flops_of_a_token():
     config = PRESETS["zaya1-8b"]
     attention = 3 * 2 * 2 * 40 * 8 * 128 * 2048
     flops = 6 * (753_608_528 + 262_272 * 2048) + attention
-    assert train.flops_a_token(config, 753_608_528, 4096) == flops
+    assert zaya.training_flops(config, 753_608_528, 4096) == flops
     sliding = replace(config, layer_types=["hybrid", "hybrid_sliding"] * 20, sliding_window=512)
-    assert train.flops_a_token(sliding, 753_608_528, 4096) == flops - attention * (1 - (512 - 512**2 / 8192) / 2048) / 2
+    assert zaya.training_flops(sliding, 753_608_528, 4096) == flops - attention * (1 - (512 - 512**2 / 8192) / 2048) / 2
     untied = replace(config, tie_word_embeddings=False)  # there the head is one of the active weights
-    assert train.flops_a_token(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
+    assert zaya.training_flops(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
