@@ -799,7 +799,7 @@ def save_for_router(ctx, inputs, output):
 
 def router_gradient(ctx, grad_p, _choice, _counts, grad_state, *_kept):
     state = ctx.saved_tensors[0]
-    grad_p = state.new_zeros(len(state)) if grad_p is None else grad_p
+    grad_p = state.new_zeros(state.shape[0]) if grad_p is None else grad_p
     grad_state = None if grad_state is None else grad_state.contiguous()  # nobody takes the last layer's state
     grad_r, d_previous, d_W1, d_W2, d_W3, biases, norms = router_backward(
         grad_p, grad_state, ctx.eps, ctx.dtype, *ctx.saved_tensors
@@ -882,7 +882,7 @@ def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]
     """As zaya.dispatch."""
     (N, D), c = x.shape, launch_config("dispatch")
     BT, BD = c["BT"], c["BD"]
-    blocks = cdiv(N, BT)
+    blocks = max(1, cdiv(N, BT))
     counts = choice.new_empty(E, blocks, dtype=torch.int32)
     launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=block(E), num_warps=4, num_stages=1)
     ends = counts.flatten().cumsum(dim=0, dtype=torch.int64)
@@ -1054,7 +1054,7 @@ def grouped_config(kernel, x):
 
 def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
-    N, c = len(x), grouped_config(kernel, x)
+    N, c = x.shape[0], grouped_config(kernel, x)  # len(x) would be a constant to torch.compile
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
     return (min(for_this_gpu(EXPERT_PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
 
@@ -1062,7 +1062,7 @@ def tiles_of(kernel, x, M, E):
 def grouped_linear(x, weight, offsets):
     """x (N, K), sorted by expert, times weight (E, M, K) -> (N, M)."""
     E, M, K = weight.shape
-    out = x.new_empty(len(x), M)
+    out = x.new_empty(x.shape[0], M)
     grid, shape = tiles_of("grouped", x, M, E)
     launch(grouped_kernel, grid, x, weight, offsets, out, K, M, *weight.stride(), **shape)
     return out

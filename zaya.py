@@ -1220,11 +1220,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         chunks = math.ceil(max(N, 1) / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
         rows = math.ceil(max(N, 1) / chunks)
-        for x, y, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
+        for i, (x, y) in enumerate(zip(hidden.split(rows), targets.split(rows))):
             losses, grad = cross_entropy(times(x, weight), y, V, with_gradient)
             loss = loss + losses.sum() / N  # not in place, as in Normalize
             if with_gradient:
-                grad_hidden[start : start + rows] = times(grad, weight.t())
+                grad_hidden[i * rows : (i + 1) * rows] = times(grad, weight.t())
                 grad_weight += times(grad.t(), x.t())
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:V])
         ctx.weight_dtype = weight.dtype
@@ -1233,7 +1233,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad = grad / len(grad_hidden)
+        grad = grad / max(1, len(grad_hidden))
         return grad_hidden * grad, grad_weight.mul_(grad).to(ctx.weight_dtype), None, None
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from conftest import ROOT
 
 import zaya
@@ -263,17 +264,28 @@ def test_twenty_steps():
 
 
 def test_one_graph_and_the_same_bits():
-    """Forward and backward compile without a graph break, for a second length, too, which torch.compile then takes for
-    one of many; and the same run gives the same bits."""
+    """Forward and backward compile without a graph break, once for a length and once for all others; and the same run
+    gives the same bits."""
     grads = []
     for compiled in (False, False, True):
         model = tiny_model("triton", num_hidden_layers=1)
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        for tokens in (torch.arange(18)[None], torch.arange(14)[None]):
+        graphs = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model, backend=graphs, fullgraph=True) if compiled else model
+        for length in (19, 40, 51):
+            tokens = torch.arange(length)[None]
             run(tokens[:, :-1], tokens[:, 1:])[1].backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(a.equal(b) for a, b in zip(grads[0], grads[1]))
     torch.testing.assert_close(grads[2], grads[0], rtol=1e-4, atol=1e-6)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("way", ["eager", "triton"])
+def test_a_batch_may_be_empty(way):
+    model, nothing = tiny_model(way, num_hidden_layers=1), torch.zeros(0, 5, dtype=torch.int64)
+    loss = model(nothing, nothing)[1]
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())  # NaN would be any
 
 
 # ---------------------------------------------------------------------------------------------------------------------
