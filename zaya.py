@@ -1212,14 +1212,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradient):
-        N, V, on_gpu = len(hidden), len(weight), hidden.is_cuda
+        N, V, on_gpu = max(1, len(hidden)), len(weight), hidden.is_cuda  # max: nothing has no loss
         if padding := -V % VOCABULARY_MULTIPLE[on_gpu]:  # classes without a token, and so without a probability
             weight = F.pad(weight, (0, 0, 0, padding))
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        chunks = math.ceil(max(N, 1) / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
-        rows = math.ceil(max(N, 1) / chunks)
+        chunks = math.ceil(N / max(FEWEST_ROWS, LOGITS_AT_ONCE[on_gpu] // V))
+        rows = math.ceil(N / chunks)
         for i, (x, y) in enumerate(zip(hidden.split(rows), targets.split(rows))):
             losses, grad = cross_entropy(times(x, weight), y, V, with_gradient)
             loss = loss + losses.sum() / N  # not in place, as in Normalize
