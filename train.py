@@ -156,6 +156,8 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
+        if not 0 <= self.rank < self.world or (self.world > 1 and "RANK" not in os.environ):
+            raise ValueError(f"RANK {os.environ.get('RANK')} is no rank of WORLD_SIZE {self.world}")
         device = choose_device(device)
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -1211,8 +1213,8 @@ def main():
 
     if config.eval_only:
         found = evaluate(compiled, validation, config, ranks, routers)
-        ranks.first and print(in_words(found))
-        return ranks.leave()
+        ranks.leave()
+        return print(in_words(found)) if ranks.first else None
 
     if record["step"] > config.steps:
         raise ValueError(f"--steps {config.steps}: the run in {out} has made {record['step']} steps already")
@@ -1435,11 +1437,24 @@ def farewell(model, tokenizer, config, step):
     print(f"pictures: {pictures} in {config.out}; more text: python sample.py --checkpoint {quote(config.out)}{prompt}")
 
 
-if __name__ == "__main__":
-    with stop_in_one_line():
-        try:
-            main()
-        except RuntimeError as error:
-            if "gloo/transport" not in str(error):
+def run():
+    """main; and whatever happens, this rank ends."""
+    try:
+        with stop_in_one_line():
+            try:
+                main()
+            except RuntimeError as error:
+                if "gloo/transport" in str(error):
+                    raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
+                if isinstance(error, dist.DistError):
+                    raise ConnectionError(str(error).splitlines()[0]) from None
                 raise
-            raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
+    except BaseException as end:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            # Not by the group's own end, which waits for what ranks were sending each other: if several wait, for ever.
+            atexit.register(os._exit, end.code if isinstance(end, SystemExit) else 1)
+        raise
+
+
+if __name__ == "__main__":
+    run()

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -933,6 +934,47 @@ print("without ddp:", names())
     assert done.returncode == 0, done.stderr
     after_ddp, at_the_end = done.stdout.splitlines()
     assert "gloo" in after_ddp and "gloo" not in at_the_end
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}])
+def test_ranks_that_cannot_be(tiny, call, monkeypatch, tmp_path, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = call(train, *flags(**tiny, out=tmp_path / "out"))
+    assert done.status == 2 and "is no rank of WORLD_SIZE 2" in done.lines[-1]
+
+
+def test_an_error_on_one_of_four_ranks_ends_them_all(tiny, tmp_path):
+    """...though it comes in the optimizer, where the others wait for what they send each other."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+
+def fail(*args):
+    raise ArithmeticError("broken")
+
+if os.environ["RANK"] == "1":
+    train.Muon.update = fail
+train.run()
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]
+    group = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(start, env=ENVIRONMENT | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    try:
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2, 2, 2], said
+    assert "error: broken" in said[1]
+    assert all(f"rank {rank} has lost another" in said[rank] for rank in (0, 2, 3))
 
 
 @pytest.mark.parametrize("first_says, taken", [(0, "float32"), (1, "bfloat16")])
