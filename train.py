@@ -1214,7 +1214,9 @@ def main():
     if config.eval_only:
         found = evaluate(compiled, validation, config, ranks, routers)
         ranks.leave()
-        return print(in_words(found)) if ranks.first else None
+        if ranks.first:
+            print(in_words(found))
+        return
 
     if record["step"] > config.steps:
         raise ValueError(f"--steps {config.steps}: the run in {out} has made {record['step']} steps already")
@@ -1446,12 +1448,12 @@ def run():
             except RuntimeError as error:
                 if "gloo/transport" in str(error):
                     raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
-                if isinstance(error, dist.DistError):
+                if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):  # the ranks have not come together
                     raise ConnectionError(str(error).splitlines()[0]) from None
                 raise
     except BaseException as end:
         if dist.is_initialized() and dist.get_backend() == "gloo":
-            # Not by the group's own end, which waits for what ranks were sending each other: if several wait, for ever.
+            # Before the group's own end, which waits for what ranks were sending each other, and they for us
             atexit.register(os._exit, end.code if isinstance(end, SystemExit) else 1)
         raise
 

@@ -1212,7 +1212,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradient):
-        N, V, on_gpu = max(1, len(hidden)), len(weight), hidden.is_cuda  # max: nothing has no loss
+        N, V, on_gpu = max(1, len(hidden)), len(weight), hidden.is_cuda  # of nothing the loss is 0
         if padding := -V % VOCABULARY_MULTIPLE[on_gpu]:  # classes without a token, and so without a probability
             weight = F.pad(weight, (0, 0, 0, padding))
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
