@@ -190,6 +190,7 @@ class Ranks:
             dist.barrier()
 
     def leave(self):
+        """The end of what ranks do together. NCCL's group ends here, on all at once; gloo's with the process."""
         self.wait()
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()

@@ -315,7 +315,8 @@ class CCA(nn.Module):
         return self.mix(linear(x, self.projection(cache)), temp, cos, sin, cache)
 
     def mix(self, qkv, temp, cos, sin, cache):
-        """qkv (B, T, C + Hk * h), the projection's result -> what forward returns."""
+        """qkv (B, T, C + Hk * h), the projection's result -> what forward returns. (hidden_of_one, far below, makes the
+        projection itself and enters here; so it does at weighted_values, and at the router's think.)"""
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
         if decodes(qkv, cache):
             return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
@@ -385,7 +386,7 @@ class Router(nn.Module):
         return self.think(linear(x, self.down_proj.weight, self.down_proj.bias), previous)
 
     def think(self, r, previous):
-        """The same of r (N, R), x projected down. (hidden_of_one, which makes that product itself, enters here.)"""
+        """r (N, R), x projected down -> what forward returns."""
         mlp = self.router_mlp
         gamma = getattr(self, "router_states_scale", None)  # none in the first layer, and none for no_eda
         previous = None if gamma is None else previous
@@ -1048,8 +1049,8 @@ class DenseMLP(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Products and gradients: what the architecture above calls, written so that it takes little time and memory.
 # linear takes any shape and has a gradient; times takes two matrices, without one, and product a few rows and a matrix;
-# products are one for each expert. Skip this section on a first reading: each docstring begins with what is computed,
-# the rest is how to be quick.
+# grouped_linear has a matrix for each expert, grouped_product the same without a gradient. Skip this section on a first
+# reading: each docstring begins with what is computed, the rest is how to be quick.
 
 
 def linear(x, weight, bias=None):

@@ -1,6 +1,7 @@
 """train.py: the optimizer against plain references, the order of the data, a run's files, stopping and going on."""
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1022,7 +1024,7 @@ def test_memory_of_activations_is_as_planned(kernels, within, recompute):
 def test_zaya1_8b_fits_eight_gpus():
     """In bf16, one sequence of 4,096 tokens a forward pass, or the recipe's eight, on 192 GB each."""
     plans, sequences = [], train.sequences_at_once(train.RECIPES["zaya1-8b"]["batch_size"] // 8, 4096)
-    with torch.device("meta"):
+    with redirect_stdout(io.StringIO()) as said, torch.device("meta"):
         for rank in range(8):
             model = Zaya(PRESETS["zaya1-8b"])
             ranks = SimpleNamespace(rank=rank, world=8, first=rank == 0, device=torch.device("meta"))
@@ -1032,8 +1034,8 @@ def test_zaya1_8b_fits_eight_gpus():
                 train.say_memory(plan, ranks)
                 assert sum(plan.values()) < 192e9
     assert sum(plan["optimizer"] for plan in plans) >= 8 * 8.3e9  # masters and momenta, each somewhere
-    assert plans[-1]["weights"] / 1e9 == pytest.approx(17.68, abs=0.01)
-    assert plans[-1]["gradients"] / 1e9 == pytest.approx(35.37, abs=0.01)
+    print(said.getvalue())  # README says that `pytest -s` shows it
+    assert "rank 7: weights 17.68, gradients 35.37" in said.getvalue()
 
 
 def test_flops_of_a_token():
