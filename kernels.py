@@ -28,6 +28,11 @@ import sys
 from functools import lru_cache, wraps
 
 import torch
+
+# On gfx942 Triton 3.6 and 3.7 would let half of a large product's waves load while the others multiply (ping-pong), and
+# begin to overwrite LDS before all of it has been read (triton-lang/triton issue 11696; here, too, by the assembly).
+os.environ.setdefault("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,9 +48,8 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
 #   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
 #   for the rest: LDS and registers are better spent on more waves. The experts' tiles are 128 x 256: a wave's part of
-#   them, 64 x 64, reads a third less from LDS for each product than 64 x 32 would, and Triton 3.6 and 3.7 then let four
-#   waves load while the other four multiply (ping-pong). The router's 16 tokens, and its tiles of 64 x 64, make 1,024
-#   programs of 16,384 tokens, and leave room for 4 waves a SIMD.
+#   them, 64 x 64, reads a third less from LDS for each product than 64 x 32 would. The router's 16 tokens, and its
+#   tiles of 64 x 64, make 1,024 programs of 16,384 tokens, and leave room for 4 waves a SIMD.
 # sm_90, but for the router the best of several on an H200: 228 KB of shared memory take two to four stages. CCA, with
 #   two programs of 4 warps on an SM, each with 64 tokens, waits less than with one of 8 (forward, 65,536 tokens of
 #   preset small, 251 us instead of 356, and 207 since a head is held in two halves for RoPE). The experts' tiles are as
@@ -1047,8 +1051,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
 
 
 def grouped_config(kernel, x):
-    """In fp32 a tile is smaller: a wider one would spill, and a deeper one has been seen miscompiled for gfx942
-    (triton-lang/triton issue 11696)."""
+    """In fp32 a tile is smaller: a wider one would spill, a deeper one's stages would not all fit shared memory."""
     return launch_config(kernel, BN=128, BK=32) if x.dtype == torch.float32 else launch_config(kernel)
 
 

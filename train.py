@@ -223,8 +223,9 @@ def tune_memory():
 # ---------------------------------------------------------------------------------------------------------------------
 # What the hardware can do, and what a step takes of it
 
-PEAK_FLOPS = {  # dense bf16 by datasheet, by the first part that a device's name has; an MI250X is two devices
-    "MI300X": 1307e12, "MI325X": 1307e12, "MI355X": 2500e12, "MI250X": 383e12 / 2, "MI250": 362e12 / 2,
+PEAK_FLOPS = {  # dense bf16 by datasheet, by the first part that a device's name has
+    "MI300X": 1307e12, "MI300A": 981e12, "MI325X": 1307e12, "MI350X": 2300e12, "MI355X": 2500e12,
+    "MI250": 383e12 / 2,  # an MI250X is two devices; an MI250, 5 % slower, has "MI250X / MI250" for a name
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
     "A100": 312e12,
 }  # fmt: skip

@@ -279,7 +279,7 @@ def compile_kernel(kernel, args, constants, target):
             signature[name] = "i32" if isinstance(value, int) else names.get(value.dtype, "*i64")
             if isinstance(value, Tensor) or value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-            if isinstance(value, Tensor) and target.backend == "hip" and value.nbytes < 2**31:
+            if isinstance(value, Tensor) and target.backend == "hip" and value.untyped_storage().nbytes() < 2**31:
                 attributes[(i,)] += [["tt.pointer_range", 32]]  # as at a launch
     signature = {name: signature[name] for name in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, signature, known, attributes)
@@ -289,6 +289,7 @@ def compile_kernel(kernel, args, constants, target):
 def resources_on_amd(compiled, warps):
     """Registers, spilled registers, bytes of LDS, MFMA instructions and waves per SIMD, read from the assembly."""
     text = compiled.asm["amdgcn"]
+    assert "s_setprio" not in text, "ping-pong: see the top of kernels.py"
     registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
     shared = compiled.metadata.shared
     # 512 registers a lane, handed out by eights; a workgroup's waves are spread over four SIMDs
