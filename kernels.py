@@ -33,8 +33,14 @@ import torch
 # begin to overwrite LDS before all of it has been read (triton-lang/triton issue 11696; here, too, by the assembly).
 os.environ.setdefault("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
 
-import triton
-import triton.language as tl
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    if __name__ == "__main__":
+        print("kernels.py: error: Triton is not installed (a GPU's PyTorch brings it along)", file=sys.stderr)
+        sys.exit(2)
+    raise
 from torch import Tensor
 from torch._subclasses import FakeTensor
 

@@ -42,7 +42,7 @@ class SampleConfig:
     compare: list[str] | None = None  # two checkpoints instead of --checkpoint: same prompt and seed, side by side
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
-    device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
+    device: str = "auto"  # auto (a GPU, else the CPU), cpu, cuda (AMD's too) or mps (not tried yet)
     kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
 

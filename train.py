@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, first_whole, literal, load_safetensors, newest_first, parse_flags, pyplot, read_json,
-    save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
+    find_checkpoint, first_whole, literal, load_safetensors, newest_first, official_names, parse_flags, pyplot,
+    read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ class TrainConfig:
     balancing: str = "pid"  # of the experts: pid (AdamW, ZAYA1's), sign (a fixed step, DeepSeek's) or none
     balance_lr: float = 0.02  # learning rate of the balancing biases: no warm-up, then it falls as lr does
     seed: int = 1  # of the weights and the order of the data
-    device: str = "auto"  # auto, cpu, cuda (AMD's too) or mps
+    device: str = "auto"  # auto (a GPU, else the CPU), cpu, cuda (AMD's too) or mps (not tried yet)
     dtype: str = "auto"  # of the matrix products: auto, float32 or bfloat16
     kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     recompute: bool = False  # keep less for the backward pass: attention and experts are computed again there
@@ -706,6 +706,9 @@ class Saver:
         try:
             self.optimizer.model.save_pretrained(new, masters)
             self.tokenizer.save(new)
+            # Without it vLLM and SGLang would take trainer.safetensors for weights, too.
+            index = {"weight_map": dict.fromkeys(official_names(masters), "model.safetensors")}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index))
             save_safetensors(new / "trainer.safetensors", state)
             files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}
             record = {**record, "step": step, "files": files}

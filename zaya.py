@@ -51,6 +51,7 @@ except ModuleNotFoundError as error:  # PyTorch's builds for a CPU come without 
     if error.name != "triton":
         raise
     triton_kernels = None
+    sys.modules["kernels"] = None  # `transformers` looks for a package of this name, and would trip over our file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,6 +773,7 @@ class Zaya(nn.Module):
         for file, header in headers.items():
             for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
+                place = f"model.{place}" if f"model.{place}" in missing else place  # of [T]'s ZayaModel, without a head
                 if place == "lm_head.weight" and self.config.tie_word_embeddings:
                     continue  # the embedding once more
                 if place not in missing:
@@ -1686,28 +1688,34 @@ def read_config(checkpoint):
         raise ValueError(f"{checkpoint / 'config.json'} is no ZAYA1's: {error!r}") from None
 
 
+FIXED = {  # what config.json may say, but only so; from the second line on in the original code's form
+    "hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False,
+    "activation_func": "swiglu", "add_bias_linear": False, "cca": True, "clamp_temp": False, "gated_linear_unit": True,
+    "moe_router_topk": 1, "normalization": "RMSNorm", "scale_residual_merge": True, "zaya_use_eda": True,
+    "zaya_use_mod": True,
+}  # fmt: skip
+
+
 def config_from_json(values):
     """A ZayaConfig from config.json. Raises ValueError for a model that this file cannot compute."""
     if values.get("model_type") not in ("zaya", "nanozaya"):
         raise ValueError(f'config.json describes a model of type "{values.get("model_type")}", not "zaya"')
-    fixed = {"hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False}
-    for name, value in fixed.items():
-        if values.get(name, value) != value:
+    for name, value in FIXED.items():
+        if values.get(name) not in (None, value):
             raise ValueError(f"config.json has {name} = {values[name]}; only {value} is known here")
+    if values.get("quantization_config"):
+        raise ValueError("config.json speaks of quantized weights, which are not known here")
     if ("moe_router_topk" in values or "zaya_layers" in values) and "router_hidden_size" not in values:
         return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
-    # In transformers, too, what stands beside rope_parameters does not count.
+    # In transformers, too, what else stands beside rope_parameters does not count.
     names = [f.name for f in fields(ZayaConfig) if f.name not in IN_ROPE_PARAMETERS]
     known = {name: values[name] for name in names if name in values}
-    ropes = values.get("rope_parameters") or {}
-    if "rope_theta" in ropes and "hybrid" not in ropes:
-        raise ValueError(
-            "config.json has one rope_theta for all types of layer, not an entry for each, as ZAYA1's have"
-        )
+    ropes = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if "hybrid" not in ropes and ropes.keys() - {"hybrid_sliding", "rope_type"}:
+        raise ValueError("config.json has one RoPE for all types of layer, not an entry for each, as ZAYA1's have")
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = ropes.get(layer_type) or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f'config.json has rope_type {rope["rope_type"]}; only "default" is known here')
+        refuse_scaled(rope)
         known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
         if rope and layer_type in (values.get("layer_types") or ["hybrid"]):
             factor = rope.get("partial_rotary_factor", 1.0)  # as in transformers, where an entry does not say
@@ -1722,9 +1730,17 @@ def config_from_json(values):
     return ZayaConfig(**known)
 
 
+def refuse_scaled(rope):
+    """ValueError if rotary embeddings are not the plain ones."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and rope.get("factor") != 1:
+        raise ValueError(f'config.json has rope_type {kind}; only "default" is known here')
+
+
 def legacy_config(values):
     """A ZayaConfig from a config.json of Zyphra's original code, which counts half-layers: an attention and its experts
-    are two. Some files have lists, a number for each half-layer; these are right where a single number is stale."""
+    are two. Some files have lists, a number for each half-layer; these are right where a single number is stale. (But
+    ffn_hidden_size_list may be longer than the model.)"""
 
     def first(*names, default=None):
         for value in (values[name] for name in names if values.get(name) is not None):
@@ -1734,27 +1750,31 @@ def legacy_config(values):
                 return numbers[0]  # the other half-layers have 0
         return default
 
-    lists = [value for name, value in values.items() if isinstance(value, list) and name != "eos_token_id"]
-    half_layers = next((len(value) for value in lists if len(value) > 2), None)
-    layers = (half_layers or values["num_hidden_layers"]) // 2
-    if first("moe_router_topk", default=1) != 1:
-        raise ValueError(f"config.json has moe_router_topk {values['moe_router_topk']}; only 1 is known here")
+    lists = [values[name] for name in ("zaya_layers", "cca_num_q_heads") if isinstance(values.get(name), list)]
+    layers = (len(lists[0]) if lists else values["num_hidden_layers"]) // 2
     windows = values.get("swa_layers") or [0]
-    windows = windows[:: max(1, len(windows) // layers)]
+    if len(windows) > layers:  # one for each half-layer
+        windows = windows[: 2 * layers : 2]
+    if not any(windows) and any("sliding" in kind for kind in values.get("layer_types") or []):
+        raise ValueError("config.json has sliding layers but no swa_layers, which say how far they see")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    refuse_scaled(rope)
     same = {name: values[name] for name in (
-        "vocab_size", "hidden_size", "head_dim", "cca_time0", "cca_time1", "max_position_embeddings",
-        "tie_word_embeddings", "partial_rotary_factor", "rope_theta", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size", "hidden_size", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
+        "partial_rotary_factor", "bos_token_id", "eos_token_id", "pad_token_id",
     ) if values.get(name) is not None}  # fmt: skip
     return ZayaConfig(
         num_hidden_layers=layers,
         num_attention_heads=first("cca_num_q_heads", "num_attention_heads"),
         num_key_value_heads=first("num_query_groups_list", "num_query_groups", "num_key_value_heads"),
+        head_dim=first("head_dim", "kv_channels", default=128),
         moe_intermediate_size=first("ffn_hidden_size_list", "intermediate_size", "ffn_hidden_size") // 2,
         num_experts=first("zaya_layers", "num_experts", default=16),
         router_hidden_size=first("zaya_mlp_expansion", default=256),
         rms_norm_eps=first("norm_epsilon", default=1e-5),
         layer_types=["hybrid_sliding" if window else "hybrid" for window in windows] if any(windows) else None,
         sliding_window=max(windows) + 1 if any(windows) else None,  # theirs leaves the current token out
+        rope_theta=first("rope_theta", default=rope.get("rope_theta", 5e6)),
         sliding_rope_theta=first("swa_rotary_base", default=1e4),
         **same,
     )
@@ -2018,8 +2038,9 @@ def stop_in_one_line():
 
 
 def choose_device(name):
-    """The device type for --device: auto is a GPU (AMD's is called cuda, too), else MPS, else the CPU."""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device type for --device: auto is a GPU (AMD's is called cuda, too), else the CPU. (A Mac's GPU only if it is
+    asked for: nobody has tried it yet.)"""
+    usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in usable if usable[device])
     if name not in usable:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import tiktoken
@@ -133,6 +134,7 @@ class ForeignTokenizer:
         messages = [{"role": role, "content": content} for role, content in turns]
         ends = {"bos_token": self.bos, "eos_token": self.eot}
         more |= {name: self.backend.id_to_token(i) for name, i in ends.items() if i is not None}
+        more |= {"tools": None, "documents": None, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             return environment.from_string(self.template).render(messages=messages, raise_exception=fail, **more)
         except Exception as error:  # a template is a program, and may raise anything

@@ -764,7 +764,11 @@ def test_impossible_configurations_say_so_in_one_line(bad):
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
+        {"rope_parameters": {"hybrid": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"clamp_temp": True},
+        {"quantization_config": {"quant_method": "fp8"}},
         {"bos_token_id": -1},
         {"eos_token_id": [True]},
         {"eos_token_id": [[1]]},
@@ -1091,10 +1095,31 @@ def as_legacy(model):
     return tensors, values
 
 
-@pytest.mark.parametrize("form", ["plain", "lists and a stale count", "sliding", "two files"])
+LEGACY_FORMS = ["plain", "lists and a stale count", "sliding", "sliding, a number a layer", "two files", "other names"]
+
+
+@pytest.mark.parametrize(
+    "foreign, named",
+    [
+        ({"moe_router_topk": 2}, "moe_router_topk"),
+        ({"zaya_use_eda": False}, "zaya_use_eda"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        ({"layer_types": ["hybrid", "hybrid_sliding", "hybrid"]}, "swa_layers"),
+    ],
+    ids=str,
+)
+def test_legacy_models_that_we_cannot_compute_are_refused(foreign, named):
+    _, values = as_legacy(Zaya(SMALL))
+    assert config_from_json(values | {"rope_scaling": {"type": "linear", "factor": 1.0}})  # which does nothing
+    with pytest.raises(ValueError, match=named):
+        config_from_json(values | foreign)
+
+
+@pytest.mark.parametrize("form", LEGACY_FORMS)
 def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     torch.manual_seed(0)
-    sliding = dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4) if form == "sliding" else {}
+    layer_types = ["hybrid", "hybrid_sliding", "hybrid"]
+    sliding = dict(layer_types=layer_types, sliding_window=4) if form.startswith("sliding") else {}
     model = Zaya(ZayaConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
         moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6,
@@ -1108,11 +1133,14 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
         values |= dict(
             num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[2, 0] * 3,
             num_query_groups_list=[1, 0] * 3,
-            ffn_hidden_size_list=[0, 48] * 3, zaya_mlp_expansion=[0, 8] * 3,
+            ffn_hidden_size_list=[0, 48] * 5, zaya_mlp_expansion=[0, 8] * 3,
         )  # fmt: skip
         del values["num_attention_heads"], values["num_query_groups"], values["ffn_hidden_size"], values["num_experts"]
-    if form == "sliding":
-        values |= dict(swa_layers=[0, 0, 3, 0, 0, 0], swa_rotary_base=1e4)
+    if form.startswith("sliding"):
+        values |= dict(swa_layers=[0, 3, 0] if "a layer" in form else [0, 0, 3, 0, 0, 0], swa_rotary_base=1e4)
+    if form == "other names":
+        values |= dict(kv_channels=values.pop("head_dim"), clamp_temp=False, activation_func="swiglu")
+        values |= dict(rope_parameters=dict(rope_type="default", rope_theta=values.pop("rope_theta")))
     (tmp_path / "config.json").write_text(json.dumps(values))
     names = sorted(tensors)
     halves = [names[::2], names[1::2]] if form == "two files" else [names]

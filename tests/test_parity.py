@@ -5,6 +5,7 @@ what it differs in from a small ZAYA1; each is checked at 1 token, at 2 and at m
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from zaya import Zaya, ZayaConfig, official_names
+from zaya import Zaya, ZayaConfig, load_safetensors, official_names
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.models.zaya")
@@ -228,6 +229,20 @@ def test_their_checkpoint_opens_here(name, shard, tmp_path):
     tokens = random_tokens(ours, TIME)
     with torch.no_grad():
         assert_close(ours(tokens)[0], theirs(tokens).logits)
+
+
+def test_their_model_without_a_head_opens_here(tmp_path):
+    ours = random_model("4 queries a key", seed=5)
+    open_in_transformers(ours, tmp_path / "ours").model.save_pretrained(tmp_path / "theirs")
+    assert "embed_tokens.weight" in load_safetensors(tmp_path / "theirs" / "model.safetensors")
+    again = Zaya.from_pretrained(tmp_path / "theirs").state_dict()
+    assert all(t.equal(again[name]) for name, t in ours.state_dict().items() if "balancing" not in name)
+
+
+def test_without_triton_transformers_finds_no_package_kernels():
+    """Else it would take kernels.py for the one that it knows."""
+    program = "import sys; sys.modules['triton'] = None; import zaya, transformers.models.zaya.modeling_zaya"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", ["4 queries a key", "untied head", "sliding, kernels 3, 4"])
