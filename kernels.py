@@ -32,6 +32,7 @@ import torch
 # On gfx942 Triton 3.6 and 3.7 would let half of a large product's waves load while the others multiply (ping-pong), and
 # begin to overwrite LDS before all of it has been read (triton-lang/triton issue 11696; here, too, by the assembly).
 os.environ.setdefault("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction, as up to Triton 3.9
 
 try:
     import triton

@@ -265,7 +265,7 @@ def attend(q, k, v, window=None):
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The fused kernel that takes a mask, or on ROCm fp32, does not know grouped heads: one key head a query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    causal = mask is None and not T == 1  # `not`: a bool even where torch.compile takes T for a variable
+    causal = False if T == 1 else mask is None  # a branch: where torch.compile varies T, `T != 1` would be no bool
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
