@@ -68,7 +68,7 @@ ARCHITECTURES = "gfx942", "sm_90", "other"
 TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
-    "cca_filters": ("BT BK", (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
+    "cca_filters": ("BT BK", (64, 64, 8, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
     "router_first": ("BT BN", (16, 32, 4, 1), (32, 64, 8, 2), (32, 32, 4, 1)),
     "router_tiles": ("BT BN BK", (64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (32, 32, 32, 4, 1)),
     "router_first_backward": ("BT BK", (16, 32, 4, 1), (32, 64, 8, 2), (16, 32, 8, 1)),
