@@ -30,15 +30,15 @@ from functools import lru_cache, wraps
 import torch
 
 # On gfx942 Triton 3.6 and 3.7 would let half of a large product's waves load while the others multiply (ping-pong), and
-# begin to overwrite LDS before all of it has been read (triton-lang/triton issue 11696; here, too, by the assembly).
+# overwrite LDS before all of it has been read (triton-lang/triton issue 11696; in the assembly of `experts`, too).
 os.environ.setdefault("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction, as up to Triton 3.9
 
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:
-    if __name__ == "__main__":
+except ModuleNotFoundError as error:
+    if __name__ == "__main__" and error.name == "triton":
         print("kernels.py: error: Triton is not installed (a GPU's PyTorch brings it along)", file=sys.stderr)
         sys.exit(2)
     raise
@@ -1058,7 +1058,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
 
 
 def grouped_config(kernel, x):
-    """In fp32 a tile is smaller: a wider one would spill, a deeper one's stages would not all fit shared memory."""
+    """In fp32 a tile is smaller: a wider or a deeper one would spill on sm_90."""
     return launch_config(kernel, BN=128, BK=32) if x.dtype == torch.float32 else launch_config(kernel)
 
 

@@ -707,7 +707,7 @@ class Saver:
             self.optimizer.model.save_pretrained(new, masters)
             self.tokenizer.save(new)
             # Without it vLLM and SGLang would take trainer.safetensors for weights, too.
-            index = {"weight_map": dict.fromkeys(official_names(masters), "model.safetensors")}
+            index = {"metadata": {}, "weight_map": dict.fromkeys(official_names(masters), "model.safetensors")}
             (new / "model.safetensors.index.json").write_text(json.dumps(index))
             save_safetensors(new / "trainer.safetensors", state)
             files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(new.iterdir())}

@@ -752,10 +752,10 @@ class Zaya(nn.Module):
         path = find_checkpoint(path)
         config = read_config(path)
         headers = {file: safetensors_header(file) for file in weight_files(path)}
-        stored = {name: kind for entries, _ in headers.values() for name, (kind, *_) in entries.items()}
+        stored = {name.removeprefix("model."): kind for e, _ in headers.values() for name, (kind, *_) in e.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
-        model.cast(dtype or stored.get("model.embed_tokens.weight", torch.float32)).to_empty(device=device)
+        model.cast(dtype or stored.get("embed_tokens.weight", torch.float32)).to_empty(device=device)
         for router in model.routers:
             router.counts.zero_()  # no checkpoint holds it
         model.load_official(headers)
@@ -1691,8 +1691,7 @@ def read_config(checkpoint):
 FIXED = {  # what config.json may say, but only so; from the second line on in the original code's form
     "hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False,
     "activation_func": "swiglu", "add_bias_linear": False, "cca": True, "clamp_temp": False, "gated_linear_unit": True,
-    "moe_router_topk": 1, "normalization": "RMSNorm", "scale_residual_merge": True, "zaya_use_eda": True,
-    "zaya_use_mod": True,
+    "normalization": "RMSNorm", "scale_residual_merge": True, "zaya_use_eda": True, "zaya_use_mod": True,
 }  # fmt: skip
 
 
@@ -1707,11 +1706,11 @@ def config_from_json(values):
         raise ValueError("config.json speaks of quantized weights, which are not known here")
     if ("moe_router_topk" in values or "zaya_layers" in values) and "router_hidden_size" not in values:
         return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
-    # In transformers, too, what else stands beside rope_parameters does not count.
+    # As in transformers, rope_scaling goes before rope_parameters, and a rope_theta beside them does not count.
     names = [f.name for f in fields(ZayaConfig) if f.name not in IN_ROPE_PARAMETERS]
     known = {name: values[name] for name in names if name in values}
     ropes = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if "hybrid" not in ropes and ropes.keys() - {"hybrid_sliding", "rope_type"}:
+    if ropes and not ropes.keys() & {"hybrid", "hybrid_sliding"}:
         raise ValueError("config.json has one RoPE for all types of layer, not an entry for each, as ZAYA1's have")
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = ropes.get(layer_type) or {}
@@ -1733,14 +1732,14 @@ def config_from_json(values):
 def refuse_scaled(rope):
     """ValueError if rotary embeddings are not the plain ones."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" and rope.get("factor") != 1:
+    if kind != "default" and (kind, rope.get("factor")) != ("linear", 1):
         raise ValueError(f'config.json has rope_type {kind}; only "default" is known here')
 
 
 def legacy_config(values):
     """A ZayaConfig from a config.json of Zyphra's original code, which counts half-layers: an attention and its experts
-    are two. Some files have lists, a number for each half-layer; these are right where a single number is stale. (But
-    ffn_hidden_size_list may be longer than the model.)"""
+    are two. Some files have lists, a number for each half-layer; these are right where a single number is stale, but
+    ffn_hidden_size_list may be longer than the model."""
 
     def first(*names, default=None):
         for value in (values[name] for name in names if values.get(name) is not None):
@@ -1750,18 +1749,23 @@ def legacy_config(values):
                 return numbers[0]  # the other half-layers have 0
         return default
 
-    lists = [values[name] for name in ("zaya_layers", "cca_num_q_heads") if isinstance(values.get(name), list)]
-    layers = (len(lists[0]) if lists else values["num_hidden_layers"]) // 2
+    counting = (values.get(name) for name in ("zaya_layers", "cca_num_q_heads", "num_query_groups_list"))
+    half_layers = next((len(value) for value in counting if value and isinstance(value, list)), None)
+    layers = (half_layers or values["num_hidden_layers"]) // 2
+    if first("moe_router_topk", default=1) != 1:
+        raise ValueError(f"config.json has moe_router_topk {values['moe_router_topk']}; only 1 is known here")
     windows = values.get("swa_layers") or [0]
     if len(windows) > layers:  # one for each half-layer
         windows = windows[: 2 * layers : 2]
     if not any(windows) and any("sliding" in kind for kind in values.get("layer_types") or []):
-        raise ValueError("config.json has sliding layers but no swa_layers, which say how far they see")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        raise ValueError("config.json has sliding layers, but swa_layers does not say how far they see")
+    rope = values.get("rope_parameters") or {}
+    rope = rope.get("hybrid") or rope
     refuse_scaled(rope)
+    refuse_scaled(values.get("rope_scaling") or {})
     same = {name: values[name] for name in (
         "vocab_size", "hidden_size", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
-        "partial_rotary_factor", "bos_token_id", "eos_token_id", "pad_token_id",
+        "bos_token_id", "eos_token_id", "pad_token_id",
     ) if values.get(name) is not None}  # fmt: skip
     return ZayaConfig(
         num_hidden_layers=layers,
@@ -1775,6 +1779,7 @@ def legacy_config(values):
         layer_types=["hybrid_sliding" if window else "hybrid" for window in windows] if any(windows) else None,
         sliding_window=max(windows) + 1 if any(windows) else None,  # theirs leaves the current token out
         rope_theta=first("rope_theta", default=rope.get("rope_theta", 5e6)),
+        partial_rotary_factor=first("partial_rotary_factor", default=rope.get("partial_rotary_factor", 0.5)),
         sliding_rope_theta=first("swa_rotary_base", default=1e4),
         **same,
     )

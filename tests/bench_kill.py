@@ -43,9 +43,8 @@ def kill(launcher, out, random):
     """Kill one rank or both, in a save or anywhere -> whether it was in a save; None if the run had ended before."""
     time.sleep(random.uniform(0, 6))
     if random.random() < 0.5:
-        patience = time.monotonic() + 3
-        while not is_saving(out) and time.monotonic() < patience:
-            pass
+        while not is_saving(out) and launcher.poll() is None:
+            time.sleep(0.001)
     if launcher.poll() is not None:
         return None
     saving, victims = is_saving(out), ranks_of(launcher)

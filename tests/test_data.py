@@ -160,7 +160,8 @@ PLAIN = (  # as Gemma's
     " | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 CHATML = (
-    "{% if tools is not none %}{{ tools }}{{ strftime_now('%Y') }}{% endif %}{% for message in messages %}"
+    "{% if tools is not none or documents is not none %}tools{% endif %}{{ strftime_now('%Y') }}"
+    "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -766,8 +766,9 @@ def test_impossible_configurations_say_so_in_one_line(bad):
         {"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}},
         {"rope_parameters": {"hybrid": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"rope_parameters": {"hybrid": {"rope_type": "longrope", "factor": 1.0, "rope_theta": 1e4}}},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"clamp_temp": True},
         {"quantization_config": {"quant_method": "fp8"}},
         {"bos_token_id": -1},
         {"eos_token_id": [True]},
@@ -781,6 +782,22 @@ def test_impossible_configurations_say_so_in_one_line(bad):
 def test_models_that_we_cannot_compute_are_refused(foreign):
     with pytest.raises(ValueError):
         config_from_json(config_to_json(SMALL) | foreign)
+
+
+@pytest.mark.parametrize("name, value", zaya.FIXED.items())
+def test_what_config_json_may_say_in_one_way_alone(name, value):
+    known = config_to_json(SMALL)
+    assert config_from_json(known | {name: value}) == config_from_json(known | {name: None}) == SMALL
+    with pytest.raises(ValueError, match=name):
+        config_from_json(known | {name: not value if isinstance(value, bool) else "another"})
+
+
+def test_the_device_is_a_macs_gpu_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for gpu in False, True:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert zaya.choose_device("auto") == ("cuda" if gpu else "cpu")
+    assert zaya.choose_device("mps") == "mps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1090,20 +1107,23 @@ def as_legacy(model):
         num_attention_heads=c.num_attention_heads, num_query_groups=c.num_key_value_heads, head_dim=c.head_dim,
         ffn_hidden_size=2 * c.moe_intermediate_size, num_experts=c.num_experts, moe_router_topk=1,
         zaya_mlp_expansion=c.router_hidden_size, norm_epsilon=c.rms_norm_eps, rope_theta=c.rope_theta,
+        partial_rotary_factor=c.partial_rotary_factor,
         bos_token_id=2, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, rope_scaling=False,
     )  # fmt: skip
     return tensors, values
 
 
-LEGACY_FORMS = ["plain", "lists and a stale count", "sliding", "sliding, a number a layer", "two files", "other names"]
+LEGACY_FORMS = "plain", "lists and a stale count", "one list", "other names", "two files"
+LEGACY_FORMS += "sliding", "sliding, a number a layer"
 
 
 @pytest.mark.parametrize(
     "foreign, named",
     [
-        ({"moe_router_topk": 2}, "moe_router_topk"),
+        ({"moe_router_topk": [0, 2] * 3}, "moe_router_topk"),
         ({"zaya_use_eda": False}, "zaya_use_eda"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}}, "linear"),
+        ({"rope_parameters": {"hybrid": {"rope_type": "yarn"}}}, "yarn"),
         ({"layer_types": ["hybrid", "hybrid_sliding", "hybrid"]}, "swa_layers"),
     ],
     ids=str,
@@ -1123,7 +1143,7 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     model = Zaya(ZayaConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
         moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6,
-        eos_token_id=1, **sliding,
+        partial_rotary_factor=0.25, eos_token_id=1, **sliding,
     ))  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -1137,10 +1157,12 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
         )  # fmt: skip
         del values["num_attention_heads"], values["num_query_groups"], values["ffn_hidden_size"], values["num_experts"]
     if form.startswith("sliding"):
-        values |= dict(swa_layers=[0, 3, 0] if "a layer" in form else [0, 0, 3, 0, 0, 0], swa_rotary_base=1e4)
+        values |= dict(swa_layers=[0, 3, 0] if "a layer" in form else [0, 0, 3, 0, 0, 0, 3, 0], swa_rotary_base=1e4)
+    if form == "one list":
+        values |= dict(num_hidden_layers=120, zaya_layers=[], num_query_groups_list=[1, 0] * 3)
     if form == "other names":
-        values |= dict(kv_channels=values.pop("head_dim"), clamp_temp=False, activation_func="swiglu")
-        values |= dict(rope_parameters=dict(rope_type="default", rope_theta=values.pop("rope_theta")))
+        rope = {name: values.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+        values |= dict(kv_channels=values.pop("head_dim"), rope_parameters={"hybrid": rope | {"rope_type": "default"}})
     (tmp_path / "config.json").write_text(json.dumps(values))
     names = sorted(tensors)
     halves = [names[::2], names[1::2]] if form == "two files" else [names]

@@ -231,12 +231,15 @@ def test_their_checkpoint_opens_here(name, shard, tmp_path):
         assert_close(ours(tokens)[0], theirs(tokens).logits)
 
 
-def test_their_model_without_a_head_opens_here(tmp_path):
-    ours = random_model("4 queries a key", seed=5)
-    open_in_transformers(ours, tmp_path / "ours").model.save_pretrained(tmp_path / "theirs")
-    assert "embed_tokens.weight" in load_safetensors(tmp_path / "theirs" / "model.safetensors")
-    again = Zaya.from_pretrained(tmp_path / "theirs").state_dict()
-    assert all(t.equal(again[name]) for name, t in ours.state_dict().items() if "balancing" not in name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_their_model_without_a_head_opens_here(dtype, tmp_path):
+    theirs = open_in_transformers(random_model("4 queries a key", seed=5), tmp_path / "ours", dtype)
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.model.save_pretrained(tmp_path / "headless")
+    assert "embed_tokens.weight" in load_safetensors(tmp_path / "headless" / "model.safetensors")
+    whole, headless = (Zaya.from_pretrained(tmp_path / name) for name in ("whole", "headless"))
+    assert_same_tensors(headless.state_dict(), whole.state_dict())
+    assert headless.embed_tokens.weight.dtype == dtype
 
 
 def test_without_triton_transformers_finds_no_package_kernels():
