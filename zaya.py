@@ -773,7 +773,8 @@ class Zaya(nn.Module):
         for file, header in headers.items():
             for name, shape, read in safetensors_tensors(file, *header):
                 place = native_name(name, self.config.num_hidden_layers) if legacy else name
-                place = f"model.{place}" if f"model.{place}" in missing else place  # of [T]'s ZayaModel, without a head
+                if f"model.{place}" in missing:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
+                    place = f"model.{place}"
                 if place == "lm_head.weight" and self.config.tie_word_embeddings:
                     continue  # the embedding once more
                 if place not in missing:
@@ -1688,7 +1689,7 @@ def read_config(checkpoint):
         raise ValueError(f"{checkpoint / 'config.json'} is no ZAYA1's: {error!r}") from None
 
 
-FIXED = {  # what config.json may say, but only so; from the second line on in the original code's form
+FIXED = {  # what config.json may say in one way alone; from the second line on, the original code's
     "hidden_act": "silu", "num_experts_per_tok": 1, "attention_bias": False, "lm_head_bias": False,
     "activation_func": "swiglu", "add_bias_linear": False, "cca": True, "clamp_temp": False, "gated_linear_unit": True,
     "normalization": "RMSNorm", "scale_residual_merge": True, "zaya_use_eda": True, "zaya_use_mod": True,
