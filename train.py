@@ -160,7 +160,10 @@ class Ranks:
             raise ValueError(f"RANK {os.environ.get('RANK')} is no rank of WORLD_SIZE {self.world}")
         device = choose_device(device)
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise ValueError(f"rank {self.rank} would take GPU {local} of this machine, which shows it {count}")
+            device = f"cuda:{local}"
             torch.cuda.set_device(device)
         self.device, self.store = torch.device(device), None
         if "RANK" in os.environ:
@@ -507,13 +510,12 @@ class Muon:
         """{name: tensor} of all parameters, from every rank's own, in rank 0's CPU memory; nothing on the others."""
         found = {}
         for name, owner in self.owner.items():
+            mine = owner == self.ranks.rank
+            tensor = own[name] if mine else torch.empty_like(self.parameters[name], dtype=torch.float32)
+            if owner > 0:
+                dist.broadcast(tensor, owner)  # NCCL's send would first make new connections, for which memory may lack
             if self.ranks.first:
-                tensor = own[name] if owner == 0 else torch.empty_like(self.parameters[name], dtype=torch.float32)
-                if owner > 0:
-                    dist.recv(tensor, owner)
                 found[name] = tensor.cpu()
-            elif owner == self.ranks.rank:
-                dist.send(own[name], 0)
         return found
 
     def state(self):
@@ -1457,7 +1459,7 @@ def run():
                     raise ConnectionError(str(error).splitlines()[0]) from None
                 raise
     except BaseException as end:
-        if dist.is_initialized() and dist.get_backend() == "gloo":
+        if dist.is_initialized():
             # Before the group's own end, which waits for what ranks were sending each other, and they for us
             atexit.register(os._exit, end.code if isinstance(end, SystemExit) else 1)
         raise

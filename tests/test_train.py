@@ -951,6 +951,14 @@ def test_ranks_that_cannot_be(tiny, call, monkeypatch, tmp_path, environment):
     assert done.status == 2 and "is no rank of WORLD_SIZE 2" in done.lines[-1]
 
 
+def test_more_ranks_than_gpus(tiny, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = call(train, *flags(**tiny | {"device": "cuda"}, out=tmp_path / "out"))
+    assert done.status == 2 and "would take GPU 1 of this machine, which shows it 1" in done.lines[-1]
+
+
 def test_an_error_on_one_of_four_ranks_ends_them_all(tiny, tmp_path):
     """...though it comes in the optimizer, where the others wait for what they send each other."""
     code = f"""
