@@ -265,7 +265,8 @@ def attend(q, k, v, window=None):
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The fused kernel that takes a mask, or on ROCm fp32, does not know grouped heads: one key head a query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    causal = False if T == 1 else mask is None  # a branch: where torch.compile varies T, `T != 1` would be no bool
+    # A lone query sees all keys. (A branch, for where torch.compile varies T, the comparison alone is no bool.)
+    causal = False if T == 1 else mask is None
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
@@ -1755,13 +1756,14 @@ def legacy_config(values):
     layers = (half_layers or values["num_hidden_layers"]) // 2
     if first("moe_router_topk", default=1) != 1:
         raise ValueError(f"config.json has moe_router_topk {values['moe_router_topk']}; only 1 is known here")
-    windows = values.get("swa_layers") or [0]
-    if len(windows) > layers:  # one for each half-layer
+    windows = values.get("swa_layers") or [0]  # how many earlier tokens each attention sees; 0: all
+    if len(windows) > layers:  # here, too, a number for each half-layer
         windows = windows[: 2 * layers : 2]
-    if not any(windows) and any("sliding" in kind for kind in values.get("layer_types") or []):
+    sliding = any(windows)
+    if not sliding and any("sliding" in kind for kind in values.get("layer_types") or []):
         raise ValueError("config.json has sliding layers, but swa_layers does not say how far they see")
     rope = values.get("rope_parameters") or {}
-    rope = rope.get("hybrid") or rope
+    rope = rope.get("hybrid") or rope  # some have an entry for each type of layer, as the native form
     refuse_scaled(rope)
     refuse_scaled(values.get("rope_scaling") or {})
     same = {name: values[name] for name in (
@@ -1777,8 +1779,8 @@ def legacy_config(values):
         num_experts=first("zaya_layers", "num_experts", default=16),
         router_hidden_size=first("zaya_mlp_expansion", default=256),
         rms_norm_eps=first("norm_epsilon", default=1e-5),
-        layer_types=["hybrid_sliding" if window else "hybrid" for window in windows] if any(windows) else None,
-        sliding_window=max(windows) + 1 if any(windows) else None,  # theirs leaves the current token out
+        layer_types=["hybrid_sliding" if window else "hybrid" for window in windows] if sliding else None,
+        sliding_window=max(windows) + 1 if sliding else None,  # theirs leaves the current token out
         rope_theta=first("rope_theta", default=rope.get("rope_theta", 5e6)),
         partial_rotary_factor=first("partial_rotary_factor", default=rope.get("partial_rotary_factor", 0.5)),
         sliding_rope_theta=first("swa_rotary_base", default=1e4),

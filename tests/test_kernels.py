@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from conftest import ROOT
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import zaya
 from zaya import PRESETS, Zaya, ZayaConfig

@@ -1113,10 +1113,6 @@ def as_legacy(model):
     return tensors, values
 
 
-LEGACY_FORMS = "plain", "lists and a stale count", "one list", "other names", "two files"
-LEGACY_FORMS += "sliding", "sliding, a number a layer"
-
-
 @pytest.mark.parametrize(
     "foreign, named",
     [
@@ -1135,7 +1131,18 @@ def test_legacy_models_that_we_cannot_compute_are_refused(foreign, named):
         config_from_json(values | foreign)
 
 
-@pytest.mark.parametrize("form", LEGACY_FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "plain",
+        "lists and a stale count",
+        "one list",
+        "other names",
+        "two files",
+        "sliding",
+        "sliding, a number a layer",
+    ],
+)
 def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     torch.manual_seed(0)
     layer_types = ["hybrid", "hybrid_sliding", "hybrid"]
