@@ -5,6 +5,7 @@ python sample.py --checkpoint out --prompt FILE:start.txt --num_samples 4 --temp
 printf "def f(" | python sample.py --checkpoint out --prompt -
 python sample.py --checkpoint out --prompt "import " --show_experts 1        each token in its expert's colour
 python sample.py --compare out out-dense --prompt "import "                  two checkpoints side by side
+python sample.py --checkpoint out --save_legacy out-sglang                   no text: the checkpoint as SGLang reads it
 """
 
 import math
@@ -42,6 +43,7 @@ class SampleConfig:
     compare: list[str] | None = None  # two checkpoints instead of --checkpoint: same prompt and seed, side by side
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
+    save_legacy: str | None = None  # write no text: save the checkpoint there in the original code's form, for SGLang
     device: str = "auto"  # auto (a GPU, else the CPU), cpu, cuda (AMD's too) or mps (not tried yet)
     kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
@@ -379,8 +381,20 @@ def folded(text, width):
     return [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
 
 
+def save_legacy(checkpoint, folder):
+    """Write a checkpoint and its tokenizer to another folder, in the form of Zyphra's original code."""
+    checkpoint, folder = find_checkpoint(checkpoint), Path(folder).expanduser()
+    if (folder / "config.json").exists():
+        raise ValueError(f"--save_legacy {folder} holds a checkpoint already")
+    tokenizer = load_tokenizer(checkpoint)
+    Zaya.from_pretrained(checkpoint).save_pretrained(folder, legacy=True)
+    tokenizer.save(folder)
+
+
 def main():
     config = SampleConfig(**parse_flags(__doc__, SampleConfig))
+    if config.save_legacy is not None:
+        return save_legacy(config.checkpoint, config.save_legacy)
     prompt = read_prompt(config.prompt)
     if config.compare:
         return compare(config, prompt)

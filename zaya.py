@@ -732,17 +732,20 @@ class Zaya(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints
 
-    def save_pretrained(self, path, state=None):
+    def save_pretrained(self, path, state=None, legacy=False):
         """Write config.json and model.safetensors to a directory, which `transformers` opens if the model is a ZAYA1.
 
-        state: other tensors than this model's own state_dict(), fp32 masters say, under the same names.
+        state: other tensors than this model's own state_dict(), fp32 masters say, under the same names. legacy: in the
+        form of [Z], which SGLang opens; ValueError if the model is no ZAYA1.
         """
-        path = Path(path)
+        path, tensors = Path(path), official_names(state or self.state_dict())
+        dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+        values = (config_to_legacy if legacy else config_to_json)(self.config, dtype)
+        if legacy:
+            tensors = {legacy_name(name, self.config): tensor for name, tensor in one_by_one(tensors).items()}
         path.mkdir(parents=True, exist_ok=True)
-        state = state or self.state_dict()
-        dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
-        (path / "config.json").write_text(json.dumps(config_to_json(self.config, dtype), indent=2) + "\n")
-        save_safetensors(path / "model.safetensors", official_names(state))
+        (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        save_safetensors(path / "model.safetensors", tensors)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, kernels="auto"):
@@ -766,14 +769,13 @@ class Zaya(nn.Module):
     def load_official(self, headers):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
         place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown or of another shape."""
-        missing = official_names(self.state_dict())
-        legacy = any(".zaya_block." in name for entries, _ in headers.values() for name in entries)
-        if legacy:  # there every expert has matrices of its own
-            for name in [name for name in missing if ".experts." in name]:
-                missing |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(missing.pop(name))}
+        missing, native_names = official_names(self.state_dict()), {}
+        if any(".zaya_block." in name for entries, _ in headers.values() for name in entries):
+            missing = one_by_one(missing)
+            native_names = {legacy_name(name, self.config): name for name in missing}
         for file, header in headers.items():
             for name, shape, read in safetensors_tensors(file, *header):
-                place = native_name(name, self.config.num_hidden_layers) if legacy else name
+                place = native_names.get(name, name)
                 if f"model.{place}" in missing:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
                     place = f"model.{place}"
                 if place == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -1738,6 +1740,12 @@ def refuse_scaled(rope):
         raise ValueError(f'config.json has rope_type {kind}; only "default" is known here')
 
 
+IN_BOTH_FORMS = (  # what both forms of config.json call the same
+    "vocab_size", "hidden_size", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
 def legacy_config(values):
     """A ZayaConfig from a config.json of Zyphra's original code, which counts half-layers: an attention and its experts
     are two. Some files have lists, a number for each half-layer; these are right where a single number is stale, but
@@ -1766,10 +1774,7 @@ def legacy_config(values):
     rope = rope.get("hybrid") or rope  # some have an entry for each type of layer, as the native form
     refuse_scaled(rope)
     refuse_scaled(values.get("rope_scaling") or {})
-    same = {name: values[name] for name in (
-        "vocab_size", "hidden_size", "cca_time0", "cca_time1", "max_position_embeddings", "tie_word_embeddings",
-        "bos_token_id", "eos_token_id", "pad_token_id",
-    ) if values.get(name) is not None}  # fmt: skip
+    said = [name for name in IN_BOTH_FORMS if values.get(name) is not None or name in values and "_token_" in name]
     return ZayaConfig(
         num_hidden_layers=layers,
         num_attention_heads=first("cca_num_q_heads", "num_attention_heads"),
@@ -1784,43 +1789,81 @@ def legacy_config(values):
         rope_theta=first("rope_theta", default=rope.get("rope_theta", 5e6)),
         partial_rotary_factor=first("partial_rotary_factor", default=rope.get("partial_rotary_factor", 0.5)),
         sliding_rope_theta=first("swa_rotary_base", default=1e4),
-        **same,
+        **{name: values[name] for name in said},
     )
 
 
-LEGACY_NAMES = {  # of a half-layer, without its number; the rest of a name stays
-    r"self_attn\.qkv\.linear_(q|k)\.": r"self_attn.qkv_proj.\1_proj.",
-    r"self_attn\.qkv\.val_proj1\.": "self_attn.qkv_proj.v_proj_current.",
-    r"self_attn\.qkv\.val_proj2\.": "self_attn.qkv_proj.v_proj_delayed.",
-    r"self_attn\.qkv\.conv_qk\.0\.": "self_attn.qkv_proj.conv_qk_depthwise.",
-    r"self_attn\.qkv\.conv_qk\.1\.": "self_attn.qkv_proj.conv_qk_grouped.",
-    r"self_attn\.qkv\.temp": "self_attn.qk_norm.temp",
-    r"zaya_block\.router\.rmsnorm_eda\.": "mlp.gate.router_mlp.norm.",
-    r"zaya_block\.router\.router_mlp\.0\.": "mlp.gate.router_mlp.fc1.",
-    r"zaya_block\.router\.router_mlp\.2\.": "mlp.gate.router_mlp.fc2.",
-    r"zaya_block\.router\.router_mlp\.4\.": "mlp.gate.router_mlp.out_proj.",
-    r"zaya_block\.router\.": "mlp.gate.",
-    r"zaya_block\.experts\.local_experts\.(\d+)\.linear_fc1\.weight": r"mlp.experts.gate_up_proj[\1]",
-    r"zaya_block\.experts\.local_experts\.(\d+)\.linear_fc2\.weight": r"mlp.experts.down_proj[\1]",
+def config_to_legacy(config, dtype):
+    """The config.json that legacy_config reads."""
+    sliding = "hybrid_sliding" in config.layer_types
+    if not config.is_zaya1 or (sliding and config.sliding_window == 1):
+        raise ValueError("the original code's form is for a ZAYA1, and for sliding windows of two tokens or more")
+    windows = [config.sliding_window - 1 if kind == "hybrid_sliding" else 0 for kind in config.layer_types]
+    return {
+        "architectures": ["ZayaForCausalLM"],
+        "model_type": "zaya",
+        "dtype": dtype,
+        **{name: value for name, value in FIXED.items() if name not in ("hidden_act", "num_experts_per_tok")},
+        **{name: getattr(config, name) for name in IN_BOTH_FORMS},
+        "num_hidden_layers": 2 * config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "ffn_hidden_size": 2 * config.moe_intermediate_size,
+        "num_experts": config.num_experts,
+        "moe_router_topk": 1,
+        "zaya_mlp_expansion": config.router_hidden_size,
+        "norm_epsilon": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "swa_layers": [half for window in windows for half in (window, 0)] if sliding else None,
+        "swa_rotary_base": config.sliding_rope_theta,
+    }
+
+
+LEGACY_NAMES = {  # [Z]'s for what follows a layer's number, behind that of its half; the rest of a name stays
+    r"(input|post_attention)_layernorm\.": "input_norm.",
+    r"self_attn\.qkv_proj\.(q|k)_proj\.": r"self_attn.qkv.linear_\1.",
+    r"self_attn\.qkv_proj\.v_proj_current\.": "self_attn.qkv.val_proj1.",
+    r"self_attn\.qkv_proj\.v_proj_delayed\.": "self_attn.qkv.val_proj2.",
+    r"self_attn\.qkv_proj\.conv_qk_depthwise\.": "self_attn.qkv.conv_qk.0.",
+    r"self_attn\.qkv_proj\.conv_qk_grouped\.": "self_attn.qkv.conv_qk.1.",
+    r"self_attn\.qk_norm\.temp": "self_attn.qkv.temp",
+    r"mlp\.gate\.router_mlp\.norm\.": "zaya_block.router.rmsnorm_eda.",
+    r"mlp\.gate\.router_mlp\.fc1\.": "zaya_block.router.router_mlp.0.",
+    r"mlp\.gate\.router_mlp\.fc2\.": "zaya_block.router.router_mlp.2.",
+    r"mlp\.gate\.router_mlp\.out_proj\.": "zaya_block.router.router_mlp.4.",
+    r"mlp\.gate\.": "zaya_block.router.",
+    r"mlp\.experts\.gate_up_proj\[(\d+)\]": r"zaya_block.experts.local_experts.\1.linear_fc1.weight",
+    r"mlp\.experts\.down_proj\[(\d+)\]": r"zaya_block.experts.local_experts.\1.linear_fc2.weight",
 }
 
 
-def native_name(name, layers):
-    """A legacy tensor's native name; an expert's matrix has its number behind, in brackets. Half-layer 2 I is layer I's
-    attention, 2 I + 1 its experts, and a residual scale stands before the half-layer that comes after the merge."""
+def legacy_name(name, config):
+    """An official tensor's name in [Z]'s files. Half-layer 2 I is layer I's attention, 2 I + 1 its experts, and a
+    residual scale stands before the half-layer that comes after the merge."""
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-    half, rest = (int(match[1]), match[2]) if match else (2 * layers, name.removeprefix("model."))
-    if rest.startswith("res_scale."):
-        if half == 0:
-            return f"model.input_{rest.removeprefix('res_scale.')}"
-        merge = "post_attention" if half % 2 else "post_mlp"
-        return f"model.layers.{(half - 1) // 2}.{merge}_residual_scale.{rest.removeprefix('res_scale.')}"
     if not match:
-        return name.replace("model.final_norm.", "model.norm.")
-    rest = rest.replace("input_norm.", "post_attention_layernorm." if half % 2 else "input_layernorm.")
-    for pattern, native in LEGACY_NAMES.items():
-        rest = re.sub(f"^{pattern}", native, rest)
-    return f"model.layers.{half // 2}.{rest}"
+        return name.replace("model.norm.", "model.final_norm.").replace("model.input_", "model.layers.0.res_scale.")
+    half, rest = 2 * int(match[1]), match[2]
+    if scale := re.fullmatch(r"post_(attention|mlp)_residual_scale\.(.*)", rest):
+        half += 1 if scale[1] == "attention" else 2
+        before = f"model.layers.{half}." if half < 2 * config.num_hidden_layers else "model."
+        return f"{before}res_scale.{scale[2]}"
+    half += rest.startswith(("mlp.", "post_attention_layernorm."))
+    for pattern, legacy in LEGACY_NAMES.items():
+        rest = re.sub(f"^{pattern}", legacy, rest)
+    return f"model.layers.{half}.{rest}"
+
+
+def one_by_one(tensors):
+    """{official name: tensor} with each expert's matrix for itself, its number behind the name in brackets."""
+    alone = {}
+    for name, tensor in tensors.items():
+        stacked = ".experts." in name
+        alone |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(tensor)} if stacked else {name: tensor}
+    return alone
 
 
 def read_json(path):

@@ -1113,6 +1113,24 @@ def as_legacy(model):
     return tensors, values
 
 
+@pytest.mark.parametrize("changes", [{}, {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 4}])
+def test_a_model_saved_in_the_legacy_form_is_the_same_again(changes, tmp_path):
+    model = random_model(tie_word_embeddings=False, eos_token_id=[3, 4], **changes)
+    model.save_pretrained(tmp_path, legacy=True)
+    stored, (expected, _) = load_safetensors(tmp_path / "model.safetensors"), as_legacy(model)
+    assert stored.keys() == expected.keys() and all(stored[name].equal(expected[name]) for name in expected)
+    again = Zaya.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("changes", [{"mlp": "dense"}, {"layer_types": ["hybrid_sliding"] * 3, "sliding_window": 1}])
+def test_what_the_legacy_form_cannot_say_is_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match="the original code's form"):
+        Zaya(replace(SMALL, **changes)).save_pretrained(tmp_path / "new", legacy=True)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     "foreign, named",
     [

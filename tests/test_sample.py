@@ -13,7 +13,7 @@ from conftest import command, flags
 import sample
 import train
 from data.tokenizer import load_tokenizer
-from zaya import PRESETS, Zaya
+from zaya import PRESETS, Zaya, load_safetensors
 
 
 @pytest.fixture
@@ -85,6 +85,15 @@ def test_several_samples_are_one_batch(write, finished, monkeypatch):
     assert all(text.startswith("3 times") for text in texts) and len(set(texts)) == 3
     assert re.search(r"; \d+ new ones at", done.stderr)
     assert done.stdout == write("--prompt", "3 times", "--num_samples", 3, "--temperature", 1.2).stdout
+
+
+def test_a_checkpoint_saved_in_the_legacy_form_writes_the_same_text(finished, call, write, tmp_path):
+    folder = tmp_path / "legacy"
+    assert call(sample, "--checkpoint", finished.out, "--save_legacy", folder).status == 0
+    assert any(".zaya_block." in name for name in load_safetensors(folder / "model.safetensors"))
+    assert write("--checkpoint", folder, "--prompt", "3").stdout == write("--prompt", "3").stdout
+    again = call(sample, "--checkpoint", finished.out, "--save_legacy", folder)
+    assert again.status == 2 and "holds a checkpoint already" in again.stderr
 
 
 def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
