@@ -46,6 +46,7 @@ class SampleConfig:
     save_legacy: str | None = None  # write no text: save the checkpoint there in the original code's form, for SGLang
     device: str = "auto"  # auto (a GPU, else the CPU), cpu, cuda (AMD's too) or mps (not tried yet)
     kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
+    graph: bool = True  # on a GPU with its kernels: launch a token's as one graph; 0: each for itself, which is slower
     dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ class Writer:
     def __init__(self, path, config):
         self.config, checkpoint = config, find_checkpoint(path)
         self.model = Zaya.from_pretrained(checkpoint, config.device, getattr(torch, config.dtype), config.kernels)
-        self.tokenizer = load_tokenizer(checkpoint)
+        self.model.graph, self.tokenizer = config.graph, load_tokenizer(checkpoint)
         self.ends = as_list(self.model.config.eos_token_id)
 
     def ids(self, prompt):

@@ -565,6 +565,7 @@ class Zaya(nn.Module):
         super().__init__()
         use_kernels(kernels)
         self.config, self.kernels = config, kernels
+        self.graph = True  # on a GPU, generate captures a step as one graph; False: it launches the step's kernels
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         if config.residual_scaling:
@@ -708,7 +709,7 @@ class Zaya(nn.Module):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
             return pick(hidden)
 
-        if not (by_kernels and cache.end.is_cuda):
+        if not (self.graph and by_kernels and cache.end.is_cuda):
             return step
         with torch.cuda.device_of(cache.end):
             return captured(step, cache)

@@ -709,6 +709,18 @@ def test_a_captured_step_writes_the_same_text(monkeypatch):
     assert torch.stack(text, dim=1).equal(model.generate(tokens, 12, temperature=0)[:, 5:])
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_step_is_captured_unless_asked_not_to(graph, monkeypatch):
+    """As if the cache lay on a GPU."""
+    monkeypatch.setattr(zaya, "on_kernels", lambda tensor: True)
+    monkeypatch.setattr(zaya, "captured", lambda step, cache: "captured")
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    model = random_model().to(torch.bfloat16)
+    cache = SimpleNamespace(end=SimpleNamespace(is_cuda=True), layers=model.new_cache(2, 8).layers)
+    model.graph = graph
+    assert (model.decoder(cache, pick=None) == "captured") == graph
+
+
 def test_conventional_twin_has_a_key_head_for_every_query_head():
     c = replace(SMALL, attention="mha")
     assert c.num_attention_heads == c.num_key_value_heads == 4 and not Zaya(replace(c, mlp="dense")).routers

@@ -96,6 +96,11 @@ def test_a_checkpoint_saved_in_the_legacy_form_writes_the_same_text(finished, ca
     assert again.status == 2 and "holds a checkpoint already" in again.stderr
 
 
+def test_graph_0_leaves_the_graph_out(finished):
+    for graph in (True, False):
+        assert sample.Writer(finished.out, sample.SampleConfig(device="cpu", graph=graph)).model.graph == graph
+
+
 def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
     done = write("--prompt", "3 times 3 is 9 – and so on;")  # the context is 16 tokens
     assert done.status == 0 and len(done.lines) == 2
