@@ -1823,7 +1823,7 @@ def config_to_legacy(config, dtype):
     }
 
 
-LEGACY_NAMES = {  # [Z]'s for what follows a layer's number, behind that of its half; the rest of a name stays
+LEGACY_NAMES = {  # how the rest of a name begins behind the layer's number: here, and in [Z]
     r"(input|post_attention)_layernorm\.": "input_norm.",
     r"self_attn\.qkv_proj\.(q|k)_proj\.": r"self_attn.qkv.linear_\1.",
     r"self_attn\.qkv_proj\.v_proj_current\.": "self_attn.qkv.val_proj1.",
