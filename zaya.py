@@ -1713,7 +1713,8 @@ def config_from_json(values):
         return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
     # As in transformers, rope_scaling goes before rope_parameters, and a rope_theta beside them does not count.
     names = [f.name for f in fields(ZayaConfig) if f.name not in IN_ROPE_PARAMETERS]
-    known = {name: values[name] for name in names if name in values}
+    said = {name: values[name] for name in names if name in values}
+    known = (ZAYA1 if values["model_type"] == "zaya" else {}) | said
     ropes = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if ropes and not ropes.keys() & {"hybrid", "hybrid_sliding"}:
         raise ValueError("config.json has one RoPE for all types of layer, not an entry for each, as ZAYA1's have")
@@ -1790,6 +1791,7 @@ def legacy_config(values):
         rope_theta=first("rope_theta", default=rope.get("rope_theta", 5e6)),
         partial_rotary_factor=first("partial_rotary_factor", default=rope.get("partial_rotary_factor", 0.5)),
         sliding_rope_theta=first("swa_rotary_base", default=1e4),
+        **ZAYA1,
         **{name: values[name] for name in said},
     )
 

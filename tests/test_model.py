@@ -1125,6 +1125,13 @@ def as_legacy(model):
     return tensors, values
 
 
+@pytest.mark.parametrize("to_json", [config_to_json, zaya.config_to_legacy])
+def test_a_zaya1_is_read_as_one_whatever_the_defaults_are(to_json, monkeypatch):
+    monkeypatch.setitem(zaya.ZAYA1, "router", "linear")
+    config = ZayaConfig(router="linear", rope_theta=1e4)
+    assert config.is_zaya1 and config_from_json(to_json(config, "float32")) == config
+
+
 @pytest.mark.parametrize("changes", [{}, {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 4}])
 def test_a_model_saved_in_the_legacy_form_is_the_same_again(changes, tmp_path):
     model = random_model(tie_word_embeddings=False, eos_token_id=[3, 4], **changes)
