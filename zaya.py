@@ -89,9 +89,9 @@ class ZayaConfig:
     rms_norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     initializer_range: float = 0.02  # standard deviation of fresh weights
     tie_word_embeddings: bool = True  # the LM head is the embedding
-    bos_token_id: int | None = 2  # first token of a text, if any
-    eos_token_id: int | list[int] | None = 106  # ends a text, if any; some models have several
-    pad_token_id: int | None = 0  # fills short rows of a batch, if any; not used here
+    bos_token_id: int | None = 2  # first token of a text, if any; train.py takes it, too, from the data
+    eos_token_id: int | list[int] | None = 106  # ends a text, if any; some models have several; from the data, too
+    pad_token_id: int | None = 0  # fills short rows of a batch, if any; not used here; from the data, too
     attention: str = "cca"  # "cca", or a conventional "gqa" or "mha" (Hq = Hk = D / h) to compare with
     mlp: str = "moe"  # "moe", or "dense": one SwiGLU of width F and no router, to compare with
     cca_without: list[str] | None = None  # parts that cca shall lack: depthwise, grouped, value_shift, qk_mean

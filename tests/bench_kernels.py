@@ -8,8 +8,10 @@ import math
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -17,6 +19,7 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 import zaya
 
@@ -363,3 +366,8 @@ def main():
     if flags.compile_for:
         return compile_for(flags.compile_for, getattr(torch, flags.dtype), flags.head_dim)
     report()
+
+
+if __name__ == "__main__":
+    with zaya.stop_in_one_line():
+        main()
