@@ -385,11 +385,12 @@ def folded(text, width):
 def save_legacy(checkpoint, folder):
     """Write a checkpoint and its tokenizer to another folder, in the form of Zyphra's original code."""
     checkpoint, folder = find_checkpoint(checkpoint), Path(folder).expanduser()
-    if (folder / "config.json").exists():
-        raise ValueError(f"--save_legacy {folder} holds a checkpoint already")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--save_legacy {folder} is not empty")
     tokenizer = load_tokenizer(checkpoint)
     Zaya.from_pretrained(checkpoint).save_pretrained(folder, legacy=True)
     tokenizer.save(folder)
+    print(f"{folder} holds {checkpoint} in the original code's form")
 
 
 def main():
