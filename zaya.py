@@ -565,7 +565,7 @@ class Zaya(nn.Module):
         super().__init__()
         use_kernels(kernels)
         self.config, self.kernels = config, kernels
-        self.graph = True  # on a GPU, generate captures a step as one graph; False: it launches the step's kernels
+        self.graph = True  # whether text is written, on a GPU, by a step that is recorded and replayed: see captured
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         if config.residual_scaling:
