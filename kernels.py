@@ -64,8 +64,9 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 #   program each. The router's, still to be measured, leave room for 16 warps an SM (by Triton 3.6).
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
-ARCHITECTURES = "gfx942", "sm_90", "other"
-TABLE = {  # the names of a kernel's sizes; for each architecture, their values, num_warps and num_stages
+# gfx950 (MI350X, MI355X) and gfx90a (MI250X) have gfx942's waves and kinds of product, and no less LDS.
+COLUMNS = {"gfx942": 0, "gfx950": 0, "gfx90a": 0, "sm_90": 1}  # of TABLE; 2 for all others
+TABLE = {  # the names of a kernel's sizes; for gfx942, sm_90 and others their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
     "cca_filters": ("BT BK", (64, 64, 8, 2), (64, 64, 4, 3), (32, 32, 4, 1)),
@@ -87,7 +88,7 @@ TABLE = {  # the names of a kernel's sizes; for each architecture, their values,
     "expert_gemv": ("BF BK", (4, 2048, 4, 1), (4, 2048, 4, 1), (4, 512, 4, 1)),
     "flash_decoding": ("BS", (64, 4, 1), (32, 4, 2), (32, 4, 1)),
 }
-# How many programs share the work of a kernel that loops over it, for each architecture: 4 for each of an MI300X's 304
+# How many programs share the work of a kernel that loops over it, for the same three: 4 for each of an MI300X's 304
 # CUs, and of an H200's 132 SMs; for others as many as for an MI300X. Of the experts' kernels an SM holds one.
 PROGRAMS = 1216, 528, 1216
 EXPERT_PROGRAMS = 1216, 132, 1216
@@ -106,8 +107,8 @@ def architecture():
 
 
 def for_this_gpu(columns):
-    """The one of several values, one for each of ARCHITECTURES, that is meant for the GPU at hand."""
-    return dict(zip(ARCHITECTURES, columns)).get(architecture(), columns[-1])  # the last is "other"
+    """The one of three values, for gfx942, sm_90 and others, that is meant for the GPU at hand."""
+    return columns[COLUMNS.get(architecture(), 2)]
 
 
 @lru_cache
@@ -115,7 +116,7 @@ def launch_config(kernel, **most):
     """The constants and launch options of a kernel on the GPU at hand; most: for some of them a bound, or None."""
     names, *columns = TABLE[kernel]
     values = zip([*names.split(), "num_warps", "num_stages"], for_this_gpu(columns))
-    tiles_of_16 = architecture() == "gfx942" and kernel != "swiglu"  # which would spill
+    tiles_of_16 = for_this_gpu((True, False, False)) and kernel != "swiglu"  # which would spill
     mfma = {"matrix_instr_nonkdim": 16} if tiles_of_16 else {}
     return mfma | {name: min(value, most.get(name) or value) for name, value in values}
 
@@ -1641,7 +1642,7 @@ def unsupported(name, *args):
         return "there is no gradient for what a cache remembers"
     if name == "route" and args[0].shape[1] > 512:
         return f"router_hidden_size {args[0].shape[1]} is above 512"
-    if name == "route" and (row := args[5][0][0].nbytes) > 512 and architecture() not in (*ARCHITECTURES, "none"):
+    if name == "route" and (row := args[5][0][0].nbytes) > 512 and architecture() not in (*COLUMNS, "none"):
         return f"rows of {row} bytes are more than an unknown GPU may have room for"
     if (merges or name == "product") and args[0].shape[-1] > 16384:
         return f"rows of {args[0].shape[-1]} numbers are longer than 16384"

@@ -23,8 +23,8 @@ import torch
 
 from data.tokenizer import load_tokenizer
 from zaya import (
-    KERNELS, ZAYA1, Zaya, as_list, choose_device, find_checkpoint, literal, parse_flags, positions_seen, pyplot,
-    stop_in_one_line, token_costs, watts,
+    KERNELS, ZAYA1, Zaya, as_list, choose_device, find_checkpoint, has_bf16, literal, parse_flags, positions_seen,
+    pyplot, stop_in_one_line, token_costs, watts,
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class SampleConfig:
     device: str = "auto"  # auto (a GPU, else the CPU), cpu, cuda (AMD's too) or mps (not tried yet)
     kernels: str = "auto"  # auto: the fastest, on a GPU mostly Triton's; triton: all of those; eager: PyTorch alone
     graph: bool = True  # on a GPU with its kernels: launch a token's as one graph; 0: each for itself, which is slower
-    dtype: str = "auto"  # auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16
+    dtype: str = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples"):
@@ -75,7 +75,7 @@ class SampleConfig:
             raise ValueError("--show_experts shows one text: not with --compare, nor with --num_samples above 1")
         self.device = choose_device(self.device)
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
+            self.dtype = "bfloat16" if has_bf16(self.device) else "float32"
 
 
 def read_prompt(prompt):

@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, first_whole, literal, load_safetensors, newest_first, official_names, parse_flags, pyplot,
-    read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
+    find_checkpoint, first_whole, has_bf16, literal, load_safetensors, newest_first, official_names, parse_flags,
+    pyplot, read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -165,16 +165,16 @@ class Ranks:
                 raise ValueError(f"rank {self.rank} would take GPU {local} of this machine, which shows it {count}")
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
-        self.device, self.store = torch.device(device), None
+        self.device, self.store, self.meeting = torch.device(device), None, None
         if "RANK" in os.environ:
             store, *_ = next(dist.rendezvous("env://"))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 self.store = store  # torchrun's own, the same before and after a crash
             # After a crash torchrun starts all ranks again: the last try's addresses must not count.
-            store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.meeting = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend, own = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world, device_id=own,
+                backend, store=self.meeting, rank=self.rank, world_size=self.world, device_id=own,
                 timeout=timedelta(minutes=30),  # NCCL's own 10 may not do while rank 0 writes a large checkpoint
             )  # fmt: skip
             if backend == "gloo":
@@ -192,6 +192,13 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def follow_the_first(self):
+        """Wait until rank 0 comes here, too, be it in hours: a barrier would fail after the group's timeout."""
+        if self.world > 1 and self.first:
+            self.meeting.set("rank 0 is here", "")
+        elif self.world > 1:
+            self.meeting.wait(["rank 0 is here"], timedelta(days=7))
+
     def leave(self):
         """The end of what ranks do together. NCCL's group ends here, on all at once; gloo's with the process."""
         self.wait()
@@ -200,10 +207,10 @@ class Ranks:
 
 
 def faster_dtype(ranks):
-    """bfloat16 on a GPU (but not on MPS); on a CPU whichever multiplies faster, by the first rank's clock: native bf16
-    has 2 to 4 times fp32's rate."""
+    """bfloat16 on a GPU that has it; on a CPU whichever multiplies faster, by the first rank's clock: native bf16 has 2
+    to 4 times fp32's rate."""
     if ranks.device.type != "cpu":
-        return "bfloat16" if ranks.device.type == "cuda" else "float32"
+        return "bfloat16" if has_bf16(ranks.device.type) else "float32"
 
     def seconds(dtype):
         a = torch.randn(1024, 256).to(dtype)
@@ -371,7 +378,7 @@ def open_data(name, ranks):
     if not (folder / "meta.json").exists() and (folder / "prepare.py").exists() and ranks.first:
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             raise ValueError(f"{folder / 'prepare.py'} failed, see above; if it asks for arguments, run it by hand")
-    ranks.wait()
+    ranks.follow_the_first()
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {name}: no such name under data/ and no such folder")
     if not (folder / "meta.json").is_file():

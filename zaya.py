@@ -2104,6 +2104,12 @@ def choose_device(name):
     return name
 
 
+def has_bf16(device):
+    """Whether a device type is a GPU that multiplies bf16 as such: NVIDIA's from Ampere on, AMD's. (Others imitate it,
+    slower than fp32.)"""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def watts(device):
     """What a GPU draws (the mean of its last second or so), None where torch cannot read it."""
     if torch.device(device).type != "cuda":

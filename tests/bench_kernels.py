@@ -266,6 +266,8 @@ def report():
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiling for a GPU that is not there
 
+TARGETS = {name: ("hip", name, 64) for name in ("gfx942", "gfx950", "gfx90a")} | {"sm_90": ("cuda", 90, 32)}
+
 
 def compile_kernel(kernel, args, constants, target):
     """The kernel as it would be compiled for these arguments: sizes that are multiples of 16 are known to be such."""
@@ -296,9 +298,10 @@ def resources_on_amd(compiled, warps):
         raise ValueError("Triton has made this ping-pong: unset TRITON_HIP_USE_BLOCK_PINGPONG (see kernels.py)")
     registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
     shared = compiled.metadata.shared
-    # 512 registers a lane, handed out by eights; a workgroup's waves are spread over four SIMDs
+    # 512 registers a lane, handed out by eights; a workgroup's waves are spread over four SIMDs, which share LDS
+    lds = 163840 if compiled.metadata.target.arch == "gfx950" else 65536
     workgroups = min(8, 512 // (cdiv(registers, 8) * 8)) * 4 // warps
-    waves = min(workgroups, 65536 // shared if shared else 32) * warps // 4
+    waves = min(workgroups, lds // shared if shared else 32) * warps // 4
     return registers, spills, shared, len(re.findall(r"v_mfma", text)), waves
 
 
@@ -326,7 +329,7 @@ def compile_for(architecture, dtype, head_dim):
     the size of a head, and print what it needs. No GPU is needed."""
     if kernels.INTERPRETED:
         raise ValueError("--compile_for cannot work with TRITON_INTERPRET=1")
-    target = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}[architecture]
+    target = TARGETS[architecture]
     resources = resources_on_amd if target[0] == "hip" else resources_on_nvidia
     seen = set()
     units = ("VGPRs", "spilled", "LDS bytes", "MFMA", "waves/SIMD") if target[0] == "hip" else (
@@ -356,9 +359,7 @@ def main():
     parser = zaya.OneLineParser(
         description=kernels.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--compile_for", choices=("gfx942", "sm_90"), help="compile for this architecture (default: none)"
-    )
+    parser.add_argument("--compile_for", choices=TARGETS, help="compile for this architecture (default: none)")
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="compile for this (default: bfloat16)")
     parser.add_argument("--head_dim", type=int, default=128, help="and for heads of this size (default: 128)")

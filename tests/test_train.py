@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, command, flags, log_of, what_was_learned
 
 import data.text.prepare
@@ -990,6 +992,23 @@ train.run()
     assert [rank.returncode for rank in ranks] == [2, 2, 2, 2], said
     assert "error: broken" in said[1]
     assert all(f"rank {rank} has lost another" in said[rank] for rank in (0, 2, 3))
+
+
+def test_ranks_wait_for_the_first_to_prepare_data():
+    store = dist.HashStore()
+    first, second = (SimpleNamespace(world=2, first=first, meeting=store) for first in (True, False))
+    waiting = threading.Thread(target=train.Ranks.follow_the_first, args=(second,), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    train.Ranks.follow_the_first(first)
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_auto_is_fp32_on_a_gpu_that_only_imitates_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert train.faster_dtype(SimpleNamespace(device=torch.device("cuda"))) == "float32"
 
 
 @pytest.mark.parametrize("first_says, taken", [(0, "float32"), (1, "bfloat16")])
