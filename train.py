@@ -726,13 +726,16 @@ class Saver:
             if best:
                 mark_best(new)  # first, for once the step is there nobody would do it any more
             replace_folder(new, final)
-            saved = checkpoints_in(self.out)
-            newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
-            for old in saved[:newest][: -self.keep] + saved[newest:]:
-                shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"could not save step {step}: {error.strerror or error}; {last_good(self.out)}") from None
+        saved = checkpoints_in(self.out)
+        newest = saved.index(final) + 1  # what is beyond was damaged when the run was resumed
+        for old in saved[:newest][: -self.keep] + saved[newest:]:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warn_once(f"{old} stays, it could not be deleted: {error.strerror or error}")
 
     def check(self, wait=False):
         """Raise what went wrong in the last save, if it is written already; wait: until it is."""
@@ -748,7 +751,7 @@ def free_memory():
 
 
 def record_sha256(record):
-    """Of what trainer.json holds beside this number itself."""
+    """Of what trainer.json or args.json holds beside this number itself."""
     rest = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
@@ -789,7 +792,8 @@ def whole_lines(out):
         end += len(line)
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and type(entry.get("step")) is int and line.endswith(b"\n"):
+            numbers = isinstance(entry, dict) and [entry.get(name) for name in ("step", "tokens")]
+            if numbers and all(type(number) is int for number in numbers) and line.endswith(b"\n"):
                 yield entry, end
 
 
@@ -863,6 +867,10 @@ class Trials:
         common = set.intersection(*({e["step"] for e in log} for log in logs))
         # A row a step, a run a column.
         self.rows = list(zip(*([e for e in log if e["step"] in common] for log in logs)))
+        if not self.rows:
+            raise ValueError(
+                f"--plot: {', '.join(map(str, runs))} differ in --seed alone, but their logs share no step"
+            )
         self.ms_a_step = float(np.median(self.curve("step_ms")[1]))
         self.last_loads = [loads[-1] for log in logs if (loads := [e["load"] for e in log if "load" in e])]
 
@@ -887,7 +895,7 @@ def group_runs(runs):
     for run in runs:
         if not (run / "args.json").is_file() or not read_log(run):
             raise FileNotFoundError(f"--plot: {run} holds no run with a log")
-        flags = read_json(run / "args.json") | {"out": None}
+        flags = read_json(run / "args.json") | {"out": None, "sha256": None}
         seed = flags.pop("seed", None)
         # Runs of the same seed, too, are no group: something else must differ, the code say
         group = next((seeds for others, seeds in groups if others == flags and seed not in seeds), None)
@@ -950,7 +958,8 @@ def draw_together(trials, path):
     )  # fmt: skip
     for axis in (by_tokens, by_time, entropies, loads):
         axis.grid(alpha=0.3)
-    by_tokens.legend(fontsize="small")
+    if losses:
+        by_tokens.legend(fontsize="small")
     figure.savefig(path, dpi=72)
     plt.close(figure)
 
@@ -1045,6 +1054,8 @@ def saved_flags(out):
     path, checkpoints = out / "args.json", newest_first(out)
     try:
         flags = read_json(path)
+        if flags.pop("sha256", None) not in (None, record_sha256(flags)):
+            raise ValueError("another SHA-256 than when it was written")
         TrainConfig(**flags_of(TrainConfig, flags))
     except (ValueError, OSError, TypeError) as error:
         if not checkpoints:
@@ -1090,13 +1101,23 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
 
 
 def note_data(record, folder, training, config, ranks):
-    """Record which data is used: say so if the training tokens changed; if the validation text did, forget the best."""
+    """Record which data is used: say so if the training tokens changed. Forget the best if the loss would now be that
+    of other validation tokens, or if out/best is no longer whole."""
     size = len(training.ids)
     if record.get("train_tokens", size) != size and ranks.first and not config.eval_only:
         print(f"--data has other training tokens than at step {record['step']}: they come in an order of their own")
     record["train_tokens"] = size
-    if record.get("best_of") != (digest := sha256(folder / "val.bin")):
-        record |= {"best": None, "best_of": digest}
+    best_of, best = [sha256(folder / "val.bin"), config.eval_batches, config.block_size], Path(config.out) / "best"
+    if record.get("best_of") != best_of:
+        record |= {"best": None, "best_of": best_of}
+    if record["best"] is not None and not config.eval_only:
+        try:
+            check(best if best.exists() else best.with_name(".best.old"))  # where replace_folder may have left it
+        except (ValueError, OSError) as error:
+            record["best"] = None
+            ranks.first and warn_once(
+                f"{best} is not whole ({error}); the next evaluation's checkpoint takes its place"
+            )
 
 
 def resolve_defaults(config, model, ranks):
@@ -1108,7 +1129,9 @@ def resolve_defaults(config, model, ranks):
     share = config.batch_size // ranks.world
     config.micro_batch_size = config.micro_batch_size or sequences_at_once(share, config.block_size)
     if share % config.micro_batch_size:
-        raise ValueError(f"a rank's {share} sequences cannot be cut into --micro_batch_size {config.micro_batch_size}")
+        raise ValueError(
+            f"--micro_batch_size {config.micro_batch_size} does not divide a rank's {share} sequences; none: what does"
+        )
     config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype
     config.compile = ranks.device.type == "cuda" if config.compile is None else config.compile
 
@@ -1141,8 +1164,9 @@ def restore(out, log, record):
     for name in (".step-*", ".best.*", ".args.json.*"):  # what a save that the power cut short has left
         for leftover in out.glob(name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    flags = record["flags"] | {"sha256": record_sha256(record["flags"])}
     with write_aside(out / "args.json") as file:
-        file.write(json.dumps(record["flags"], indent=2).encode() + b"\n")
+        file.write(json.dumps(flags, indent=2).encode() + b"\n")
     log.truncate(max((end for entry, end in whole_lines(out) if entry["step"] <= record["step"]), default=0))
 
 
@@ -1442,7 +1466,7 @@ def farewell(model, tokenizer, config, step):
         run = "torchrun ..." if "RANK" in os.environ else "python"
         go_on = f"{run} train.py --out {quote(config.out)} --resume"
         return print(f"stopped after step {step}, which is saved; go on with: {go_on}")
-    on_stop(signal.SIG_DFL)  # all is saved
+    on_stop(lambda number, frame: sys.exit(0))  # all is saved
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)

@@ -2073,6 +2073,11 @@ def read_flag(kinds, text):
 @contextmanager
 def stop_in_one_line():
     """Turn what a user can get wrong into one line on stderr and exit status 2."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would get its number, and be written our messages
+            os.open(os.devnull, os.O_RDWR)
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -754,7 +755,7 @@ def test_bf16_goes_on_bit_for_bit_too(tiny, call, tmp_path):
 
 def test_a_run_without_a_checkpoint_starts_again_and_says_so(finished, call, tmp_path):
     shutil.copy(finished.out / "args.json", tmp_path)
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 9.9}\n')
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "tokens": 64, "loss": 9.9}\n')
     done = call(train, "--out", tmp_path, "--resume")
     assert done.status == 0 and "starting at step 0" in done.stdout
     assert_same_run(tmp_path, finished.out)
@@ -824,11 +825,11 @@ def assert_near(out, other, within):
 def test_a_preset_brings_its_recipe_and_flags_win(tiny, call, tmp_path):
     few = {name: value for name, value in tiny.items() if name not in ("lr", "warmup")} | {"steps": 1, "warmup": 7}
     assert call(train, *flags(**few, preset="mini", out=tmp_path)).status == 0
-    kept = read_json(tmp_path / "args.json")
+    kept = read_json(tmp_path / "args.json") | {"sha256": None}
     recipe = train.RECIPES["mini"]
     assert (kept["lr"], kept["warmup"], kept["steps"]) == (recipe["lr"], 7, 1)
     assert call(train, "--out", tmp_path, "--resume", "--steps", 2).status == 0
-    assert read_json(tmp_path / "args.json") == kept | {"steps": 2}
+    assert read_json(tmp_path / "args.json") | {"sha256": None} == kept | {"steps": 2}
     assert set(train.RECIPES) == set(PRESETS) - {"nano"}
 
 
@@ -1156,6 +1157,14 @@ def test_another_batch_size_goes_on_in_the_same_order(tiny, call, tmp_path, monk
     assert [e["tokens"] for e in log_of(plan["out"])] == [16 * n for n in (4, 8, 12, 14, 16)]
 
 
+def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
+    runs = [finished.out, shutil.copytree(finished.out, tmp_path / "out-2")]
+    (runs[1] / "args.json").write_text(json.dumps(read_json(runs[0] / "args.json") | {"seed": 2}))
+    (runs[1] / "log.jsonl").write_text(json.dumps(log_of(runs[0])[0] | {"step": 7}) + "\n")
+    done = call(train, "--plot", *runs, "--out", tmp_path / "plot")
+    assert done.status == 2 and len(done.lines) == 1 and "share no step" in done.stderr
+
+
 def test_runs_of_one_seed_are_no_group(finished, call, tmp_path):
     """Their difference must be another: the code, say. Runs of two seeds are one row."""
     runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
@@ -1176,6 +1185,57 @@ def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
         file.write((data / "val.bin").read_bytes())
     done = call(train, "--out", out, "--resume", "--steps", 8, "--data", data)
     assert done.status == 0 and "other training tokens than at step 6" in done.stdout
+
+
+def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(finished, call, tmp_path):
+    """And so it takes the next evaluation's checkpoint, even if that is worse."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    worse = {"resume": True, "steps": 9, "lr": 100.0, "warmup": 0}
+    assert call(train, *flags(out=out, **worse)).status == 0
+    assert read_json(out / "best" / "trainer.json")["step"] == 6
+    assert call(train, *flags(out=out, **worse | {"steps": 12}, eval_batches=1)).status == 0
+    assert read_json(out / "best" / "trainer.json")["step"] >= 12
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: (best / "model.safetensors").write_bytes(b"")])
+def test_a_best_that_is_not_whole_is_said_and_made_anew(damage, finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    damage(out / "best")
+    done = call(train, *flags(out=out, resume=True, steps=9, lr=100.0, warmup=0))
+    assert done.status == 0 and f"{out}/best is not whole" in done.stderr
+    assert read_json(out / "best" / "trainer.json")["step"] == 9
+    train.check(out / "best")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_stays(tiny, call, tmp_path, monkeypatch):
+    delete = shutil.rmtree
+
+    def stubborn(path, **how):
+        if path.name == "step-0000002":
+            raise PermissionError(1, "Operation not permitted")
+        delete(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    done = call(train, *flags(**tiny, keep=1, out=tmp_path / "out"))
+    assert done.status == 0 and "step-0000002 stays, it could not be deleted: Operation not permitted" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("out/step-*")) == ["step-0000002", "step-0000006"]
+
+
+def test_a_signal_during_the_last_sample_ends_that_alone(finished, call, tmp_path, monkeypatch):
+    def write(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    monkeypatch.setattr(Zaya, "generate", write)
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, "--out", out, "--resume").status == 0
+
+
+def test_what_is_closed_takes_no_files_number(tmp_path):
+    """Else a message would go into the next file that is opened, a log say."""
+    script = "import zaya\nwith zaya.stop_in_one_line(): raise SystemExit(int(open('file', 'w').fileno() < 3))"
+    closed = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ROOT}).returncode == 0
 
 
 def test_a_longer_block_is_the_models_context(finished, call, tmp_path):
