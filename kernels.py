@@ -270,6 +270,11 @@ EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # the smallest norm that a h
 
 
 @triton.jit
+def at_least_eps(norm):
+    return tl.where(norm < EPS, EPS, norm)  # unlike a maximum, leaves NaN as it is
+
+
+@triton.jit
 def load_rows(rows, stride, b, t, T, column, columns):
     """rows[b, t, column], 0 beyond the edges. rows (B, T, stride), t (BT), column (BX) -> (BT, BX)."""
     at = rows + (b * T + t)[:, None] * stride + column[None, :]
@@ -390,7 +395,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
     else:
         c1, c2 = pairs(HALF, h, BP)
         x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
-        norm = tl.maximum(tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)), EPS)
+        norm = at_least_eps(tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)))
         scale = (load_length(temp, head, Hq, h) / norm)[:, None]
         x1, x2 = x1 * scale, x2 * scale
         cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, BP), HALF)
@@ -419,7 +424,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     # The forward pass again, to the direction of x (a unit vector a token) and its norm
     x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
     raw_norm = tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1))
-    norm = tl.maximum(raw_norm, EPS)
+    norm = at_least_eps(raw_norm)
     x1, x2 = x1 / norm[:, None], x2 / norm[:, None]
     # Back through rotation and norm: what is along x changes no direction
     if head < Hq:
@@ -452,7 +457,7 @@ def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.
     if head == H:
         for c0 in range(0, Hk * h, 2 * BP):
             column = c0 + tl.arange(0, 2 * BP)
-            row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int32)
+            row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int64)
             x = load_matrix(grad_v + b * T * Hk * h, row, T, column[None, :], Hk * h)
             store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
@@ -567,11 +572,15 @@ def one_convolution(depthwise, grouped, dtype):
 
 
 def prepared(depthwise, grouped, dtype):
-    """What one_convolution makes. In inference mode it is kept with the weights until one of them changes (which one
-    written to through .data does not tell), for its many small launches are a fifth of what reading a short prompt
-    takes."""
+    """What one_convolution makes. In inference mode it is kept with the weights until one of them changes, for its many
+    small launches are a fifth of what reading a short prompt takes. (A weight counts its changes, but not those through
+    .data or by PyTorch's fused optimizers: so a forward pass with gradients, too, ends it, unless that is compiled.)"""
     weights = *depthwise, *grouped
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or weights[0].is_inference():
+    if torch.compiler.is_compiling():
+        return one_convolution(depthwise, grouped, dtype)
+    if torch.is_grad_enabled():
+        weights[0].prepared = (None,)
+    if not torch.is_inference_mode_enabled() or weights[0].is_inference():
         return one_convolution(depthwise, grouped, dtype)
     key = dtype, *((weight.data_ptr(), weight._version) for weight in weights)
     if getattr(weights[0], "prepared", (None,))[0] != key:
@@ -1233,7 +1242,7 @@ merge.register_autograd(merge_gradient, setup_context=save_for_merge)
 # 6. Cross-entropy: the logits once for their softmax's denominator, and once for the gradient
 #
 #     for BV logits: total = total + exp(logit - largest), or total * exp(largest - logit) + 1 with a new largest
-#     for BV logits: write exp(logit - largest - log total), less 1 at the target
+#     for BV logits: write exp(logit - largest - log(total)), less 1 at the target
 #
 # Each of the BV places has a running maximum and sum of its own, so that threads need not wait for each other; the
 # exponential is the same one in both cases, of -|logit - largest|.
@@ -1247,20 +1256,20 @@ def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.cons
     target = tl.load(targets + n)
     wanted = tl.load(logits + target).to(tl.float32)
     # The first maximum is finite: what is masked is -infinity, and infinity less infinity would be NaN
-    largest, total = tl.full((BV,), -1e30, tl.float32), tl.zeros((BV,), tl.float32)
+    largest, total = tl.full((BV,), -3.4e38, tl.float32), tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
         z = tl.load(logits + v0 + lanes, mask=v0 + lanes < V, other=float("-inf")).to(tl.float32)
         share = tl.exp(-tl.abs(z - largest))
         total = tl.where(z > largest, total * share + 1.0, total + share)
         largest = tl.maximum(largest, z)
     most = tl.max(largest, axis=0)
-    log_total = most + tl.log(tl.sum(total * tl.exp(largest - most), axis=0))
-    tl.store(losses + n, log_total - wanted)
+    log_total = tl.log(tl.sum(total * tl.exp(largest - most), axis=0))  # above `most`, which may be too large to add to
+    tl.store(losses + n, most - wanted + log_total)
     if KEEP:
         for v0 in range(0, stride, BV):
             v = v0 + lanes
             z = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
-            p = tl.exp(z - log_total) - tl.where(v == target, 1.0, 0.0)
+            p = tl.exp(z - most - log_total) - tl.where(v == target, 1.0, 0.0)
             tl.store(grad + n * stride + v, p.to(grad.dtype.element_ty), mask=v < stride)
 
 
@@ -1453,7 +1462,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             matrix = load_matrix(W, c[:, None], h, BK + j[None, :], h * TAPS1)
             x = of_the_past(recent, w, w_bias, position, head, j0 + BK, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
         acc += bias + 0.5 * (own.to(tl.float32) + tl.sum(partners, axis=0) / sharers)
-        norm = tl.maximum(tl.sqrt(tl.sum(acc * acc, axis=0)), EPS)
+        norm = at_least_eps(tl.sqrt(tl.sum(acc * acc, axis=0)))
         x, t = turn((acc * (length / norm))[None, :], cosine, sine, HALF), tl.arange(0, 1)
         if head < Hq:
             store_rows(q, Hq * h, b, t, 1, head * h + c, (head + 1) * h, x)

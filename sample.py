@@ -212,12 +212,14 @@ def read_bandwidth(device):
 
 
 class Detokenizer:
-    """A growing text, piece by piece: whole characters only, as soon as their last byte is there."""
+    """What continues a prompt's ids, piece by piece: whole characters only, as soon as their last byte is there. (Why
+    the prompt: some tokenizers write no space before the first word of a text.)"""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, ids=()):
         # The tokens of the last piece and of what is open, how many the first are, and how many characters are shown.
         # (To decode a long text whole for each token would take longer than the token.)
-        self.tokenizer, self.ids, self.before, self.shown = tokenizer, [], 0, 0
+        self.tokenizer, self.ids = tokenizer, list(ids[-8:])
+        self.before, self.shown = len(self.ids), len(tokenizer.decode(self.ids))
 
     def add(self, token):
         """What a token completes."""
@@ -275,7 +277,7 @@ def show_experts(writer, ids, new, layer):
     chosen, probability = choices(model, ids + new)
     start = len(ids)  # of what was written
     experts = model.config.num_experts
-    pieces = pieces_of(tokenizer, new)
+    pieces = pieces_of(tokenizer, new, ids)
     of_layer = chosen[layer, start:].tolist()
     print("".join(in_color(piece, expert) for piece, expert in zip(pieces, of_layer)))
     print(f"\nlayer {layer}: tokens of the text by expert")
@@ -291,9 +293,9 @@ def show_experts(writer, ids, new, layer):
     print("picture: experts.png")
 
 
-def pieces_of(tokenizer, ids):
+def pieces_of(tokenizer, ids, prompt=()):
     """The text that each token adds to those before it: a character belongs to the token that completes it."""
-    growing = Detokenizer(tokenizer)
+    growing = Detokenizer(tokenizer, prompt)
     pieces = [growing.add(token) for token in ids]
     return [*pieces[:-1], pieces[-1] + growing.rest()] if pieces else []
 
@@ -364,7 +366,7 @@ def compare(config, prompt):
             f"$ a million tokens (${config.gpu_hour:g} an hour)":
                 f"{1e6 / rate / 3600 * config.gpu_hour:.2f}" if rate else "-",  # of a text that ended at once
         } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if config.text else {}))  # fmt: skip
-        columns.append([writer.tokenizer.decode(row) for row in rows])
+        columns.append(["".join(pieces_of(writer.tokenizer, row, ids)) for row in rows])
     label = max(map(len, facts[0]))
     width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
     for name in facts[0]:
@@ -407,7 +409,8 @@ def main():
             f"--show_experts {config.show_experts}: no such layer of experts; "
             + (f"layers are 0 to {layers - 1}" if layers else "the model is dense")
         )
-    ids, pieces, start = writer.ids(prompt), Detokenizer(writer.tokenizer), "" if config.chat else prompt
+    ids, start = writer.ids(prompt), "" if config.chat else prompt
+    pieces = Detokenizer(writer.tokenizer, ids)
 
     def show(token):
         print(pieces.add(token), end="", flush=True)
@@ -422,7 +425,7 @@ def main():
         show_experts(writer, ids, texts[0], config.show_experts)
     else:
         for i, row in enumerate(texts, start=1):
-            print(f"--- {i}\n{start}{writer.tokenizer.decode(row)}")
+            print(f"--- {i}\n{start}{''.join(pieces_of(writer.tokenizer, row, ids))}")
     if sys.stderr:
         print(speed.report(), file=sys.stderr)
 

@@ -154,7 +154,8 @@ class RMSNorm(nn.Module):
 
 def rotary_table(positions, rotary_dim, theta):
     """cos and sin, (T, 1, rotary_dim / 2) each: pair i turns by position * theta^(-2i / rotary_dim)."""
-    frequencies = theta ** -(torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim)
+    powers = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
+    frequencies = 1 / theta**powers  # not theta**-powers: an ulp, times a position of 4,096, is seen beside [T]
     angles = positions[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 

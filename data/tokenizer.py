@@ -11,7 +11,6 @@ A folder with anybody else's tokenizer.json opens too, through the optional pack
 import hashlib
 import json
 import os
-import re
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +31,7 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 # What a tokenizer may consist of on disk; ours is the first two.
 FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
+SPECIAL = [f"{name}_token" for name in "bos eos unk sep pad cls mask".split()]  # what a chat template may ask for
 OWN_TEMPLATE = "write one of your own as chat_template.jinja there"
 
 
@@ -94,21 +94,21 @@ class ForeignTokenizer:
             raise ValueError(f"{folder}/tokenizer.json: {error}") from None
         self.backend.encode_special_tokens = True  # misleading name: it stops special tokens being found in a text
         self.backend.no_truncation()
+        self.backend.no_padding()
         try:
             config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
             self.name = config.get("name") or folder.resolve().name
-            self.bos, self.eot = self.id_of(config.get("bos_token")), self.id_of(config.get("eos_token"))
+            named = json.loads(self.files.get("special_tokens_map.json", b"{}")) | config  # older files have both
+            self.special = {name: text_of(named[name]) for name in SPECIAL if named.get(name)}
+            self.eot = {name: self.backend.token_to_id(text) for name, text in self.special.items()}.get("eos_token")
             template = config.get("chat_template")
+            if isinstance(template, list):  # several, by name
+                template = {one["name"]: one["template"] for one in template}.get("default")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{folder}/tokenizer_config.json is damaged: {error!r}") from None
-        template = self.files.get("chat_template.jinja", b"").decode(errors="replace") or template
-        self.template = template if isinstance(template, str) else ""  # some have several
+            files = "tokenizer_config.json or special_tokens_map.json"
+            raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None
+        self.template = self.files.get("chat_template.jinja", b"").decode(errors="replace") or template or ""
         self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-
-    def id_of(self, token):
-        """The id of a special token as a tokenizer_config.json writes it; None for none."""
-        token = token["content"] if isinstance(token, dict) else token
-        return self.backend.token_to_id(token) if token else None
 
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -124,42 +124,54 @@ class ForeignTokenizer:
 
     def render(self, *turns, **more):
         """The text of a chat of turns, (role, content) each, as transformers makes it of the chat template."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings along
+        from jinja2.ext import Extension, loopcontrols  # torch brings jinja2 along
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """{% generation %}, around what the model says: it changes no text."""
+
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
         def fail(message):
             raise ValueError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        # jinja2's own would write < and & for HTML
+        environment.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
         messages = [{"role": role, "content": content} for role, content in turns]
-        ends = {"bos_token": self.bos, "eos_token": self.eot}
-        more |= {name: self.backend.id_to_token(i) for name, i in ends.items() if i is not None}
         more |= {"tools": None, "documents": None, "strftime_now": lambda form: datetime.now().strftime(form)}
+        more |= self.special
         try:
             return environment.from_string(self.template).render(messages=messages, raise_exception=fail, **more)
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"{self.folder}: its chat template fails: {error}; {OWN_TEMPLATE}") from None
 
     def turns(self, question):
-        """A chat's first turn and the beginning of its second -> (ids, the id that ends the answer). Special tokens in
-        the question are text. ValueError without a template that takes a question, or if it fails."""
-        place = "\v\0\v"  # of the question, with white space around it that no template writes
-        chat = self.render(("user", place), add_generation_prompt=True)
-        if "\0" not in chat:
+        """A chat's first turn and the beginning of its second, as transformers makes them -> (ids, the id that ends the
+        answer). ValueError without a template that takes a question, or if it fails."""
+        chat, other = (self.render(("user", text), add_generation_prompt=True) for text in (question, f"{question}?"))
+        if chat == other:
             raise ValueError(f"{self.folder} has no chat template that takes a question; {OWN_TEMPLATE}")
-        if place not in chat:  # the template trims it
-            question, place = question.strip(), "\0"
-        special = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        marks = re.compile("(" + "|".join([*map(re.escape, special), "(?!)"]) + ")")  # (?!) is nowhere
-        ids = []
-        for part in marks.split(chat):
-            ids += [special[part]] if part in special else self.encode(part.replace(place, question))
-        _, _, after = self.render(("user", "?"), ("assistant", "\0")).rpartition("\0")
-        end = marks.search(after)
-        return ids, special[end[0]] if end else self.eot
+        answer = "forty-two"  # behind which the end of its turn stands
+        _, _, after = self.render(("user", question), ("assistant", answer)).rpartition(answer)
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        self.backend.encode_special_tokens = False  # here they are found
+        ids, ids_after = self.encode(chat), self.encode(after)
+        self.backend.encode_special_tokens = True
+        return ids, next((i for i in ids_after if i in special), self.eot)
 
     def save(self, folder):
         write_files(folder, self.files)
+
+
+def text_of(token):
+    """A special token's text from a tokenizer_config.json, which writes it so or as an object."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def load_tokenizer(name_or_folder):

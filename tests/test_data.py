@@ -171,16 +171,23 @@ THINKING = (  # a system's prompt, a block on a line of its own, no mark at the 
     "{{ message.role | upper }}: {{ message.content }}\n{% endfor %}\n"
     "{% if add_generation_prompt %}\n<start_of_turn><think>{% endif %}"
 )
+KEEPING = (  # what it does with white space, and with the content itself
+    "{% for message in messages %}<start_of_turn>{% generation %}{{ message.content.rstrip() }}|{% endgeneration %}"
+    "{{ message.content.strip('\n') }}|{{ message.content | tojson }}<end_of_turn>\n{{ pad_token }}{% endfor %}"
+)
 SPACED = "{% for message in messages %}<start_of_turn>a {{ message.content | trim }} b{% endfor %}"
-QUESTION = [{"role": "user", "content": " a bad cab? \n"}]
+QUESTIONS = " a bad cab? \n", "\n what is <eos>?", "{{ 1 }}é"
 
 
 def chatting(folder, template):
     """The foreign tokenizer with marks around turns and a chat template."""
     t = tokenizers.Tokenizer.from_file(str(foreign(folder) / "tokenizer.json"))
-    t.add_special_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<think>"])
+    t.add_special_tokens(["<bos>", "<start_of_turn>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"])
+    t.add_special_tokens([tokenizers.AddedToken("<end_of_turn>", rstrip=True)])
+    t.enable_padding(length=64)  # as AutoTokenizer may have saved it
     t.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<eos>", "bos_token": "<bos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    config["pad_token"] = {"content": "<pad>", "__type": "AddedToken"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(template)
     return folder
@@ -188,29 +195,37 @@ def chatting(folder, template):
 
 @pytest.mark.parametrize(
     "template, end",
-    [(PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>"), (THINKING, "<eos>"), (SPACED, "<eos>")],
-    ids=["Gemma", "ChatML", "thinking", "spaced"],
-)
+    [
+        (PLAIN, "<end_of_turn>"), (CHATML, "<|im_end|>"), (THINKING, "<eos>"), (KEEPING, "<end_of_turn>"),
+        (SPACED, "<eos>"),
+    ],
+    ids=["Gemma", "ChatML", "thinking", "keeping", "spaced"],
+)  # fmt: skip
 def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, end):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
     folder = chatting(tmp_path / "chat", template)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    expected = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=True, return_dict=False)
     ours = load_tokenizer(folder)
-    expected = expected, ours.backend.token_to_id(end)
-    assert ours.turns(QUESTION[0]["content"]) == expected
+    for question in QUESTIONS:
+        turn = [{"role": "user", "content": question}]
+        expected = theirs.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ours.turns(question) == (expected, ours.backend.token_to_id(end))
     bos = ours.backend.token_to_id("<bos>")
-    assert (expected[0][0] == bos) == ("bos_token" in template)
+    assert (expected[0] == bos) == ("bos_token" in template)
     assert bos not in ours.encode("<bos>a")  # elsewhere special tokens in a text stay text
 
 
-def test_a_special_token_in_a_question_is_text(tmp_path):
-    """White space around it goes only where the template trims."""
-    tokenizer = load_tokenizer(chatting(tmp_path / "chat", PLAIN.replace(" | trim", "")))
-    ids, _ = tokenizer.turns(" what is <eos>?")
-    assert tokenizer.decode(ids) == "<bos><start_of_turn>user\n what is <eos>?<end_of_turn>\n<start_of_turn>model\n"
-    assert tokenizer.eot not in ids
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    """And of special tokens' texts those of the older file, too."""
+    folder = chatting(tmp_path / "chat", "")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<bos>"}')
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": PLAIN}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": several}))
+    tokenizer = load_tokenizer(folder)
+    asked = "<bos><start_of_turn>user\na<end_of_turn><start_of_turn>model\n"
+    assert tokenizer.decode(tokenizer.turns("a")[0]) == asked
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """kernels.py: every kernel against its eager twin in Triton's interpreter, and compiled for GPUs that are not there."""
 
 import ast
+import math
 import os
 import re
 import subprocess
@@ -153,6 +154,15 @@ def test_a_vocabulary_with_padding(V):
     torch.testing.assert_close(losses, true_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-6)
     assert kernels.cross_entropy(logits, targets, V, False)[1] is None
+
+
+@pytest.mark.parametrize("shift", [1e4, -2e30])
+def test_cross_entropy_of_large_logits(shift):
+    logits = torch.full((1, 7), -math.inf)
+    logits[0, :2] = shift
+    loss, grad = kernels.cross_entropy(logits, torch.tensor([0]), 7, True)
+    torch.testing.assert_close(loss, torch.tensor([math.log(2)]))
+    torch.testing.assert_close(grad[0, :3], torch.tensor([-0.5, 0.5, 0]))
 
 
 @pytest.mark.parametrize("M", [1, 40, 513])  # 1, 1 and 8 of which are a program's
@@ -330,7 +340,8 @@ def test_experts_are_left_to_torch_where_that_is_faster(monkeypatch):
 
 
 def test_prepared_filters_follow_the_weights():
-    """In inference mode the one convolution is kept, until one of its weights changes."""
+    """In inference mode the one convolution is kept, until one of its weights changes. .data does not tell, but then
+    there was a forward pass with gradients."""
     depthwise, grouped = arguments("tails", "cca", torch.float32)[3:5]
     with torch.inference_mode():
         first = kernels.prepared(depthwise, grouped, torch.float32)
@@ -340,6 +351,10 @@ def test_prepared_filters_follow_the_weights():
     with torch.inference_mode():
         second = kernels.prepared(depthwise, grouped, torch.float32)
     torch.testing.assert_close(second[0], 2 * first[0])
+    kernels.prepared(depthwise, grouped, torch.float32)
+    grouped[0].data.mul_(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.prepared(depthwise, grouped, torch.float32)[0], 4 * first[0])
 
 
 def test_interpreted_whatever_gpu_there_is(monkeypatch):

@@ -147,6 +147,12 @@ def test_bytes_that_only_count_together():
     assert "".join(pieces.add(token) for token in "naïve 日本".encode()) == "naïve 日本"
 
 
+def test_a_continuations_first_word_has_its_space():
+    """Of a tokenizer that, as Llama's, writes none at the beginning of a text."""
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join([" a", " b", " c"][i] for i in ids).removeprefix(" "))
+    assert "".join(sample.pieces_of(tokenizer, [1, 2, 0], [0])) == " b c a"
+
+
 def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
     eot = load_tokenizer(finished.out / "step-0000006").eot
     tokens = [ord("o"), ord("k"), eot]
