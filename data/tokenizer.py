@@ -100,7 +100,8 @@ class ForeignTokenizer:
             self.name = config.get("name") or folder.resolve().name
             named = json.loads(self.files.get("special_tokens_map.json", b"{}")) | config  # older files have both
             self.special = {name: text_of(named[name]) for name in SPECIAL if named.get(name)}
-            self.eot = {name: self.backend.token_to_id(text) for name, text in self.special.items()}.get("eos_token")
+            ids = {name: self.backend.token_to_id(text) for name, text in self.special.items()}
+            self.eot = ids.get("eos_token")
             template = config.get("chat_template")
             if isinstance(template, list):  # several, by name
                 template = {one["name"]: one["template"] for one in template}.get("default")
