@@ -792,8 +792,7 @@ def whole_lines(out):
         end += len(line)
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            numbers = isinstance(entry, dict) and [entry.get(name) for name in ("step", "tokens")]
-            if numbers and all(type(number) is int for number in numbers) and line.endswith(b"\n"):
+            if isinstance(entry, dict) and type(entry.get("step")) is int and line.endswith(b"\n"):
                 yield entry, end
 
 
