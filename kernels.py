@@ -7,7 +7,8 @@ gradients.
 
 (All three are in tests/bench_kernels.py.) Read zaya.py first: what a function computes is said there, how it is made
 fast is said here. Each part below has the same order: the idea as pseudo-code, the kernels, the torch operators that
-launch them, the function that zaya.py calls.
+launch them and, where it is not one of those, the function that zaya.py calls. (Part 7, of many small kernels, takes
+them one by one.)
 
 Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
 where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked. BP holds
@@ -51,7 +52,8 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
-# how deep one step of a product goes; BS: positions of the past at a time; AHEAD: stages of a loop without a product.
+# how deep one step of a product goes; BS: positions of the past at a time; BV: logits at a time; AHEAD: stages of a loop
+# without a product. (In cca_filters a step is BT deep, and BK are rows of the result.)
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
 #   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
 #   for the rest: LDS and registers are better spent on more waves. The experts' tiles are 128 x 256: a wave's part of
@@ -65,7 +67,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # other: small enough for every GPU, and for the interpreter.
 # `python kernels.py --compile_for` prints what each needs; at ZAYA1-8B's shapes none spills in bf16.
 # gfx950 (MI350X, MI355X) and gfx90a (MI250X) have gfx942's waves and kinds of product, and no less LDS.
-COLUMNS = {"gfx942": 0, "gfx950": 0, "gfx90a": 0, "sm_90": 1}  # of TABLE; 2 for all others
+COLUMNS = {"gfx942": 0, "gfx950": 0, "gfx90a": 0, "sm_90": 1}  # of TABLE; the last for all others
 TABLE = {  # the names of a kernel's sizes; for gfx942, sm_90 and others their values, num_warps and num_stages
     "cca": ("BT BK", (64, 32, 8, 1), (64, 64, 4, 3), (32, 32, 4, 1)),
     "cca_large": ("BT BK", (64, 32, 8, 1), (32, 64, 4, 3), (32, 32, 4, 1)),
@@ -107,8 +109,8 @@ def architecture():
 
 
 def for_this_gpu(columns):
-    """The one of three values, for gfx942, sm_90 and others, that is meant for the GPU at hand."""
-    return columns[COLUMNS.get(architecture(), 2)]
+    """The one of several values, for gfx942, sm_90 and others, that is meant for the GPU at hand."""
+    return columns[COLUMNS.get(architecture(), -1)]
 
 
 @lru_cache
@@ -494,8 +496,8 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
 
 
 def cca_config(h, x):
-    """Large heads, and all in fp32, need so many registers that the tokens of a program are fewer; and of fp32's stages
-    shared memory holds fewer."""
+    """Large heads, and all in fp32, need so many registers that on sm_90 the tokens of a program are fewer; and of
+    fp32's stages shared memory holds fewer."""
     fp32 = x.dtype == torch.float32
     return launch_config("cca_large" if fp32 or h > 128 else "cca", num_stages=2 if fp32 else None)
 
@@ -651,7 +653,7 @@ def hits(choice, n, N, e):
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
                         DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to all that is named above, (N, R)."""
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state, normed, first and hidden, (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -1317,9 +1319,9 @@ def load_affine(scale, bias, d, D):
 @triton.jit
 def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
                 GELU: tl.constexpr, PDL: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: of
-    the stream (or None) that x joins, normed; the first program of a row also writes new and normed (unless that is
-    None), as merge does. GELU: of the result."""
+    """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: x
+    first joins the stream (or None), and the matrix gets that, normed; the first program of a row also writes new and
+    normed (unless that is None), as merge does. GELU: out is gelu of the product."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
     let_the_next_start(PDL)
     matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
@@ -1614,7 +1616,7 @@ def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL:
 def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
-    # About 512 programs in all, as many parts as join_splits_kernel can hold, none below 128 positions of a full cache
+    # About 512 programs in all, no more parts than join_splits_kernel can hold, none below 128 positions of a full cache
     splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | pdl()

@@ -108,8 +108,8 @@ class Writer:
         self.ends = as_list(self.model.config.eos_token_id)
 
     def ids(self, prompt):
-        """The prompt's token ids after the model's bos token; with --chat, the turns that the template makes of it.
-        ValueError for an id that the model does not have."""
+        """The prompt's token ids after the model's bos token; with --chat, the turns that the template makes of it, and
+        then the id that ends the answer joins self.ends. ValueError for an id that the model does not have."""
         model = self.model.config
         if self.config.chat:
             ids, end = self.tokenizer.turns(prompt)
@@ -328,7 +328,8 @@ def draw_experts(pieces, chosen, probability, experts, path):
 
 @torch.no_grad()
 def bits_a_byte(writer, text):
-    """How many bits each byte of a text takes if the model predicts it, block by block of its context."""
+    """How many bits each byte of a text takes if the model predicts it, block by block of its context, or of 2,048
+    tokens if that is longer."""
     model, ids = writer.model, writer.tokenizer.encode(text)
     bos = model.config.bos_token_id
     ids = ids if bos is None else [bos, *ids]

@@ -446,7 +446,7 @@ class Muon:
     BATCH = 2**22  # numbers in a batch: larger ones leave a CPU's cache
 
     def __init__(self, parameters, dtype, momentum, weight_decay, ranks, compiled=False):
-        """compiled: by torch.compile, each pass over memory once."""
+        """compiled: nesterov and apply_update go through torch.compile, and so over memory once each."""
         self.parameters, self.momentum, self.weight_decay, self.ranks = parameters, momentum, weight_decay, ranks
         self.nesterov, self.apply_update = (
             torch.compile(function, dynamic=True) if compiled else function for function in (nesterov, apply_update)
@@ -968,7 +968,8 @@ def draw_together(trials, path):
 
 
 def collect_counts(routers, ranks):
-    """How many tokens each layer sent to each expert and to skip since the last call, over all ranks: (L, E + 1)."""
+    """How many tokens each layer sent to each expert and to skip since the last call, over all ranks: (L, E + 1). None
+    without routers."""
     if not routers:
         return None
     counts = ranks.sum(torch.stack([router.counts for router in routers]))

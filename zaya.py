@@ -155,7 +155,7 @@ class RMSNorm(nn.Module):
 def rotary_table(positions, rotary_dim, theta):
     """cos and sin, (T, 1, rotary_dim / 2) each: pair i turns by position * theta^(-2i / rotary_dim)."""
     powers = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    frequencies = 1 / theta**powers  # not theta**-powers: an ulp, times a position of 4,096, is seen beside [T]
+    frequencies = 1 / theta**powers  # as [T]: theta**-powers has other last bits, which position 4,096 shows
     angles = positions[:, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -222,14 +222,14 @@ def normalize_heads(qk, temp):
 
 @has_kernel
 def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
-    """Everything between the projections and the attention ([C] II-B, steps 2 to 7).
+    """Everything between the projections and the attention ([C] II-B and its listing 1).
 
     qkv        [q0 | k0 | v_current | v_delayed] (B, T, C + Hk * h), each half of the values Hk * h / 2 wide
     past       [q0 | k0] of the P tokens before these (B, P, C), zeros at the start of a text
     v_before   the v_delayed of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
-    temp       (Hk), a learned factor for the length of a key, used raw ([C] had exp(temp); the released weights do not)
+    temp       (Hk), a learned factor for the length of a key, used raw ([R] C: exp(temp), as [C] has, grew too large)
     cos, sin   (T, 1, rotary_dim / 2)
     Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """
@@ -245,7 +245,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     mixed = mixed.float() + qk_mean(qk.float(), Hq, Hk)  # fp32 from here [R]
     mixed = normalize_heads(mixed.view(B, T, H, h), temp)
     q, k = rotate(mixed, cos, sin).to(qkv.dtype).split([Hq, Hk], dim=2)
-    # Value shift, step 5: half of the value is the previous token's, so a query also learns what came just before.
+    # Value shift: half of the value is the previous token's, so a query also learns what came just before.
     v_shifted = torch.cat([v_before, v_delayed[:, :-1]], dim=1)
     return q, k, torch.cat([v_current, v_shifted], dim=-1).view(B, T, Hk, h)
 
@@ -319,7 +319,7 @@ class CCA(nn.Module):
 
     def mix(self, qkv, temp, cos, sin, cache):
         """qkv (B, T, C + Hk * h), the projection's result -> what forward returns. (hidden_of_one, far below, makes the
-        projection itself and enters here; so it does at weighted_values, and at the router's think.)"""
+        projections itself, and calls this, weighted_values, think and weighted_experts in the place of forward.)"""
         convolutions = [(conv.weight, conv.bias) for conv in (self.conv_qk_depthwise, self.conv_qk_grouped)]
         if decodes(qkv, cache):
             return cca_step(qkv, cache, *convolutions, temp, cos, sin), None, None
@@ -431,7 +431,7 @@ def choose(probabilities, balancing_biases):
 
 
 def tally(choice, classes):
-    """How many tokens chose each class. (For bincount a GPU would wait for the host.)"""
+    """How many tokens chose each class. (For bincount the host would wait for the GPU.)"""
     return (choice[:, None] == torch.arange(classes, device=choice.device)).sum(dim=0)
 
 
@@ -464,7 +464,8 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
-        # The last two lines are all of it: dispatch, experts, combine. The branches before them do the same, faster.
+        # All of it is dispatch, experts, combine, with `probability` and `choice` as for skipped tokens. The two branches
+        # that return before do the same, faster.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
@@ -501,7 +502,7 @@ def combine(y, place, probability):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Idea 3: residual scaling, and the block that all three make
+# Idea 3: residual scaling [R] II-A3, and the block that all three make
 
 
 class ResidualScaling(nn.Module):
@@ -546,7 +547,8 @@ class Block(nn.Module):
         self.post_mlp_residual_scale = ResidualScaling(D) if config.residual_scaling else PlainSum()
 
     def forward(self, stream, normed, router_state, rotary, cache, next_norm):
-        """stream (B, T, D) fp32, the same normalised, router_state (N, R) or None -> all three, after this layer."""
+        """stream (B, T, D) fp32, the same normalised, router_state (N, R) or None -> all three, after this layer.
+        rotary, cache: as in Attention; next_norm: the RMSNorm of what comes next."""
         out = self.self_attn(normed, rotary, cache)
         stream, normed = self.post_attention_residual_scale(stream, out, self.post_attention_layernorm)
         out, router_state = self.mlp(normed, router_state)
@@ -738,7 +740,7 @@ class Zaya(nn.Module):
         """Write config.json and model.safetensors to a directory, which `transformers` opens if the model is a ZAYA1.
 
         state: other tensors than this model's own state_dict(), fp32 masters say, under the same names. legacy: in the
-        form of [Z], which SGLang opens; ValueError if the model is no ZAYA1.
+        form of [Z], which SGLang opens; ValueError if the model is no ZAYA1, or has a sliding window of one token.
         """
         path, tensors = Path(path), official_names(state or self.state_dict())
         dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
@@ -770,7 +772,8 @@ class Zaya(nn.Module):
     @torch.no_grad()
     def load_official(self, headers):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
-        place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown or of another shape."""
+        place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown, of another shape or not
+        finite."""
         missing, native_names = official_names(self.state_dict()), {}
         if any(".zaya_block." in name for entries, _ in headers.values() for name in entries):
             missing = one_by_one(missing)
@@ -846,8 +849,8 @@ class LayerCache:
 
 
 class Newest:
-    """Where the newest tokens, at positions (T), of which the last is end - 1, lie in a cache whose `recent` has size
-    rows: asked for by each layer, computed once."""
+    """Where the newest tokens lie in a cache: at positions (T), of which the last is end - 1, and in rows of `recent`,
+    which has `size` of them. Asked for by each layer, computed once."""
 
     def __init__(self, positions, end, size):
         self.positions, self.end, self.size = positions, end, size
@@ -1189,7 +1192,7 @@ class Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
-        # Not in place: of what a Function changes in place and returns, 2.11 compiles a gradient of zero.
+        # Not in place: of what a Function changes in place and returns, PyTorch 2.11 compiles a gradient of zero.
         return x * inverse * weight
 
     @staticmethod
@@ -1312,7 +1315,7 @@ class LinearByOneDNN(torch.autograd.Function):
 
 
 class PreparedProduct:
-    """x (B, in) times a weight (out, in), as fast as that comes from memory.
+    """x (B, in) times a weight (out, in), as fast as the weight can be read from memory.
 
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
     oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
@@ -1663,7 +1666,7 @@ def official_names(state):
 IN_ROPE_PARAMETERS = "rope_theta", "sliding_rope_theta", "partial_rotary_factor"  # where config.json has these fields
 
 
-def config_to_json(config, dtype="float32"):
+def config_to_json(config, dtype):
     """The official config.json. What is not a ZAYA1 says so, lest `transformers` misread it."""
     values = asdict(config)
     full, sliding, factor = (values.pop(name) for name in IN_ROPE_PARAMETERS)
@@ -1684,7 +1687,8 @@ def config_to_json(config, dtype="float32"):
 
 
 def read_config(checkpoint):
-    """The ZayaConfig of a checkpoint's folder. Raises ValueError, in one line, if it has none."""
+    """The ZayaConfig of a checkpoint's folder. Raises FileNotFoundError if it has no config.json, and ValueError, in one
+    line, if that is damaged or no ZAYA1's."""
     values, generation = read_json(checkpoint / "config.json"), checkpoint / "generation_config.json"
     if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         values["eos_token_id"] = eos  # as in transformers, where this file has the last word

@@ -111,7 +111,7 @@ def split_documents(documents, val_fraction):
     """Distinct documents -> (train, val), whole ones, the same whatever order they come in; neither side is empty.
 
     In the order of their hashes, which is as good as random, documents go to val as long as it stays within its part of
-    the bytes; the shortest does in any case. A document alone is cut, near that place at the end of a line.
+    the bytes; if none fits, the shortest does. A document alone is cut, near that place at the end of a line.
     """
     if len(documents) == 1:
         return cut(documents[0], val_fraction, at_line=True)

@@ -730,7 +730,7 @@ def test_conventional_twin_has_a_key_head_for_every_query_head():
     "config", [*PRESETS.values(), replace(SMALL, rope_theta=7.0, sliding_rope_theta=9.0, partial_rotary_factor=1.0)]
 )
 def test_config_comes_back_from_json(config):
-    values = json.loads(json.dumps(config_to_json(config)))
+    values = json.loads(json.dumps(config_to_json(config, "float32")))
     assert values["model_type"] == "zaya" and config_from_json(values) == config
 
 
@@ -945,7 +945,7 @@ def test_rope_counts_where_transformers_reads_it(checkpoint):
     """In rope_parameters, not beside them; and of layer types that the model has."""
     path, _ = checkpoint
     before = zaya.read_config(path)
-    ropes = config_to_json(before)["rope_parameters"]
+    ropes = config_to_json(before, "float32")["rope_parameters"]
     ropes["hybrid_sliding"]["partial_rotary_factor"] = 1.0
     rewrite(path / "config.json", rope_theta=3.0, partial_rotary_factor=0.25, rope_parameters=ropes)
     assert zaya.read_config(path) == before
