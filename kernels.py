@@ -52,8 +52,8 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
-# how deep one step of a product goes; BS: positions of the past at a time; BV: logits at a time; AHEAD: stages of a loop
-# without a product. (In cca_filters a step is BT deep, and BK are rows of the result.)
+# how deep one step of a product goes (of cca_filters: rows of the result, and BT how deep); BS: positions of the past at
+# a time; BV: logits at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
 #   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
 #   for the rest: LDS and registers are better spent on more waves. The experts' tiles are 128 x 256: a wave's part of
@@ -653,7 +653,7 @@ def hits(choice, n, N, e):
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
                         DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state, normed, first and hidden, (N, R)."""
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state, normed, first, hidden (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
@@ -1616,7 +1616,7 @@ def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL:
 def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
-    # About 512 programs in all, no more parts than join_splits_kernel can hold, none below 128 positions of a full cache
+    # About 512 programs in all, no more parts than join_splits_kernel holds, none below 128 positions of a full cache
     splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits, BH=block(h)) | pdl()

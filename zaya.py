@@ -464,7 +464,7 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
-        # All of it is dispatch, experts, combine, with `probability` and `choice` as for skipped tokens. The two branches
+        # All of it is dispatch, experts and combine, at the end, and what makes zeros of skipped tokens. The two branches
         # that return before do the same, faster.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
@@ -772,8 +772,8 @@ class Zaya(nn.Module):
     @torch.no_grad()
     def load_official(self, headers):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
-        place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown, of another shape or not
-        finite."""
+        place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown, of another shape, or
+        not finite."""
         missing, native_names = official_names(self.state_dict()), {}
         if any(".zaya_block." in name for entries, _ in headers.values() for name in entries):
             missing = one_by_one(missing)
@@ -1687,8 +1687,8 @@ def config_to_json(config, dtype):
 
 
 def read_config(checkpoint):
-    """The ZayaConfig of a checkpoint's folder. Raises FileNotFoundError if it has no config.json, and ValueError, in one
-    line, if that is damaged or no ZAYA1's."""
+    """The ZayaConfig of a checkpoint's folder. Raises FileNotFoundError if it has no config.json, and ValueError, in
+    one line, if that is damaged or no ZAYA1's."""
     values, generation = read_json(checkpoint / "config.json"), checkpoint / "generation_config.json"
     if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         values["eos_token_id"] = eos  # as in transformers, where this file has the last word

@@ -793,12 +793,12 @@ def test_impossible_configurations_say_so_in_one_line(bad):
 )
 def test_models_that_we_cannot_compute_are_refused(foreign):
     with pytest.raises(ValueError):
-        config_from_json(config_to_json(SMALL) | foreign)
+        config_from_json(config_to_json(SMALL, "float32") | foreign)
 
 
 @pytest.mark.parametrize("name, value", zaya.FIXED.items())
 def test_what_config_json_may_say_in_one_way_alone(name, value):
-    known = config_to_json(SMALL)
+    known = config_to_json(SMALL, "float32")
     assert config_from_json(known | {name: value}) == config_from_json(known | {name: None}) == SMALL
     with pytest.raises(ValueError, match=name):
         config_from_json(known | {name: not value if isinstance(value, bool) else "another"})
