@@ -52,7 +52,7 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
-# how deep one step of a product goes (of cca_filters: rows of the result, and BT how deep); BS: positions of the past at
+# how deep one step of a product goes (in cca_filters BT is that, and BK rows of the result); BS: positions of the past at
 # a time; BV: logits at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
 #   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
@@ -653,7 +653,7 @@ def hits(choice, n, N, e):
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
                         DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer, from r to state, normed, first, hidden (N, R)."""
+    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state, normed, first and hidden (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
     if DEEP:
