@@ -52,8 +52,8 @@ sys.modules.setdefault("kernels", sys.modules[__name__])  # zaya.py's `import ke
 # Configurations. One a kernel and architecture, fixed: no search at run time.
 
 # BT, BM: tokens of a program, or of one of its steps; BN, BF, BD: columns of its result, or hidden units at a time; BK:
-# how deep one step of a product goes (in cca_filters BT is that, and BK rows of the result); BS: positions of the past at
-# a time; BV: logits at a time; AHEAD: stages of a loop without a product.
+# how deep one step of a product goes (in cca_filters BT is that, and BK rows of the result); BS, BV: positions of the
+# past, logits at a time; AHEAD: stages of a loop without a product.
 # gfx942: 4 SIMDs a CU share 64 KB of LDS, a wave is 64 threads, MFMA works on tiles of 16 or 32 (16 is mostly the
 #   faster, says AMD, and CCA takes a third fewer registers). Two stages (one step ahead) for the large products; one
 #   for the rest: LDS and registers are better spent on more waves. The experts' tiles are 128 x 256: a wave's part of

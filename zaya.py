@@ -464,7 +464,7 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
-        # All of it is dispatch, experts and combine, at the end, and what makes zeros of skipped tokens. The branches that
+        # All of it is dispatch, experts and combine, at the end, and the zeros for skipped tokens. The branches that
         # return before do the same, faster.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
