@@ -772,7 +772,8 @@ def last_layer_and_choice(thought, W3, balancing):
     counts = thought.new_empty(programs, CLASSES, dtype=torch.int32)
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product for W3's gradient a slow one
     slopes = thought.new_empty(N, width, dtype=torch.float32)
-    BK = min(block(R), max(16, 2**15 // (BE * W3.element_size())))  # of the matrix 32 KB at a time
+    size = 2**15 if W3.element_size() < 4 else 2**13  # of the matrix 32 KB at a time; 8 in fp32, or sm_90 would spill
+    BK = min(block(R), max(16, size // (BE * W3.element_size())))
     launch(
         choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, slopes, N, R=R,
         CLASSES=CLASSES, WIDTH=width, BE=BE, BK=BK, **pdl(), **c,
@@ -1504,9 +1505,10 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
     if SWIGLU:
         wait_for_the_kernel_before(PDL)
     let_the_next_start(PDL)  # the second kernel starts after the first has waited: it can read the choice
-    expert, p = tl.load(choice + n), 1.0
+    # (.cg: from the L2, where they are written. What a multiprocessor has in its L1 may be the last token's.)
+    expert, p = tl.load(choice + n, cache_modifier=".cg"), 1.0
     if not SWIGLU:
-        p = tl.load(probability + n)  # here and not where it is used, so that nothing waits for it
+        p = tl.load(probability + n, cache_modifier=".cg")  # here, not where it is used, so that nothing waits for it
     w, rows = weight + expert * (2 * M if SWIGLU else M) * K, tl.where(expert < E, M, 0)  # a skipped token's stay zeros
     matrix = load_matrix(w, m[:, None], rows, k[None, :], K)  # a step ahead of its use
     if SWIGLU:

@@ -196,8 +196,8 @@ class Ranks:
         """Wait until rank 0 comes here, too, be it in hours: a barrier would fail after the group's timeout."""
         if self.world > 1 and self.first:
             self.meeting.set("rank 0 is here", "")
-        elif self.world > 1:
-            self.meeting.wait(["rank 0 is here"], timedelta(days=7))
+        while self.world > 1 and not self.meeting.check(["rank 0 is here"]):
+            time.sleep(0.1)
 
     def leave(self):
         """The end of what ranks do together. NCCL's group ends here, on all at once; gloo's with the process."""
@@ -255,11 +255,13 @@ class Speed:
     In the log, of_product is the rate beside that of a large matrix product."""
 
     def __init__(self, flops, device, dtype):
-        self.flops, self.device = flops, device
+        self.flops, self.device, self.asked = flops, device, -math.inf
         self.peak, self.product = rates(device, dtype)
 
     def __call__(self, tokens, seconds):
-        rate, power = self.flops * tokens / seconds, watts(self.device)
+        rate, power, now = self.flops * tokens / seconds, None, time.perf_counter()
+        if now - self.asked > 2:  # seconds; each time the driver's library is opened anew
+            power, self.asked = watts(self.device), now
         said = {"tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds}
         said |= {"tflops": rate / 1e12, "of_product": rate / self.product}
         said |= {"mfu": rate / self.peak} if self.peak else {}
@@ -1299,6 +1301,8 @@ def main():
             loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
             norm = grad_norm.item()
             counts = collect_counts(routers, ranks)
+            loads = None if counts is None else counts[:, :-1].cpu()
+            # From here on nothing waits for the GPU: the next step is launched while it still updates the weights.
             # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
             if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step(step, shares(counts))
@@ -1314,11 +1318,11 @@ def main():
             # Evaluate, log, save.
             entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
             entry |= {name: record[name] for name in ("tokens", "skipped")}
-            if counts is not None:
-                entry["load_entropy"] = load_entropy(counts[:, :-1].float())  # waits for the GPU, so `seconds` has all
+            if loads is not None:
+                entry["load_entropy"] = load_entropy(loads.float())
                 if step % load_every == 0 or config.log_every > 1:
-                    entry["load"] = counts[:, :-1].tolist()
-            seconds = time.perf_counter() - started
+                    entry["load"] = loads.tolist()
+            seconds = time.perf_counter() - started  # on a GPU with the last step's update in the place of this one's
             if ranks.first:
                 entry |= speed(config.batch_size * config.block_size, seconds)
             better = False

@@ -673,7 +673,8 @@ class Zaya(nn.Module):
             return sample(self.logits(hidden), temperature, top_k, top_p)
 
         context, cache, new = self.config.max_position_embeddings, None, []
-        ends = torch.tensor(as_list(eos_token_id), dtype=torch.int64, device=tokens.device)
+        end_ids = as_list(eos_token_id)
+        ends = torch.tensor(end_ids, dtype=torch.int64, device=tokens.device)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for count in range(max_new_tokens):
             if cache is None or cache.length == cache.max_len:
@@ -686,7 +687,7 @@ class Zaya(nn.Module):
                 step = step or self.decoder(cache, pick)
                 token = step(token)
             if len(ends):
-                token = token.masked_fill(ended, ends[0])
+                token = token.masked_fill(ended, end_ids[0])  # for ends[0] a GPU's host would wait
                 ended |= torch.isin(token, ends)
             new.append(token[:, None])
             yield token
@@ -2128,7 +2129,7 @@ def watts(device):
         power = torch.cuda.power_draw(device)
     except Exception:  # the vendors' libraries for it, if they are installed at all, have errors of their own
         return None
-    in_watts = torch.version.hip and power < 10_000  # as AMD's is up to PyTorch 2.14; others are milliwatts
+    in_watts = torch.version.hip and power < 10_000  # as AMD's is up to PyTorch 2.15; others are milliwatts
     return (power if in_watts else power / 1000) or None
 
 
