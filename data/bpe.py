@@ -4,6 +4,8 @@ import heapq
 import re
 from collections import Counter, defaultdict
 
+from tqdm import tqdm
+
 # How a text falls into chunks, no token crossing a chunk's end; near GPT-4's split. Only literal ranges: \w and \s mean
 # different characters to Python, to Rust (tiktoken) and to Oniguruma (tokenizers), and unequal chunks give unequal ids.
 # What is neither ASCII nor in one of three blocks of punctuation counts as a letter. No look-around: time is linear.
@@ -25,7 +27,7 @@ def train_bpe(texts, vocab_size):
     twice: a step visits only the words that hold its pair, and the heap tells the highest.
     """
     chunks = Counter()
-    for text in texts:
+    for text in tqdm(texts, desc="count words", unit=" documents", disable=None):  # None: silent in a pipe
         chunks.update(re.findall(SPLIT, text))
     words, counts = [], []  # ids of each distinct chunk, and how often it stands in the texts
     for chunk, count in chunks.items():
@@ -42,6 +44,7 @@ def train_bpe(texts, vocab_size):
     heapq.heapify(heap)
 
     tokens = [bytes([b]) for b in range(256)]
+    bar = tqdm(desc="merge pairs", total=vocab_size, initial=len(tokens), unit=" tokens", disable=None)
     while heap and len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:  # out of date: counts fell since; put it back where it belongs
@@ -51,6 +54,7 @@ def train_bpe(texts, vocab_size):
             break
         new, fresh = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        bar.update()
         for i in words_with.pop(pair):
             old, words[i] = words[i], merge(words[i], pair, new)
             for p in zip(old, old[1:]):
@@ -62,6 +66,7 @@ def train_bpe(texts, vocab_size):
                     fresh.add(p)
         for p in fresh:
             heapq.heappush(heap, (-pair_counts[p], p))
+    bar.close()
     return {token: i for i, token in enumerate(tokens)}
 
 

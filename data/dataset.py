@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def in_range(kind, low, high):
 @contextmanager
 def one_line_errors(parser):
     """What a user can cause ends in one line; anything else is a bug and keeps its traceback."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -69,8 +72,8 @@ def one_line_errors(parser):
 def read_documents(root, out, pattern="*", skip=()):
     """The distinct texts of the files under root whose name matches pattern. ValueError if there is none.
 
-    Left out are folders named in skip, what is hidden, empty or not UTF-8 text (a line says how many of these), and an
-    earlier dataset's files in out.
+    Left out are folders named in skip, links to folders, what is hidden, empty or not UTF-8 text (a line says how many
+    of these), and an earlier dataset's files in out.
     """
     def fail(error):
         raise error
@@ -87,10 +90,11 @@ def read_documents(root, out, pattern="*", skip=()):
             no_text += text is None
             if text:
                 documents[digest(text)] = text  # a copy has the same digest, so no text stands on both sides
+    left_out = f"{no_text:,} files in {root} that are not UTF-8 text"
     if not documents:
-        raise ValueError(f"no text in {root}")
+        raise ValueError(f"no text in {root}" + (f", but {left_out}" if no_text else ""))
     if no_text:
-        print(f"left out: {no_text:,} files in {root} that are not UTF-8 text")
+        print(f"left out: {left_out}")
     return list(documents.values())
 
 
@@ -189,6 +193,8 @@ def write_dataset(args, train, val):
     tokenizer = make_tokenizer(args, train, val)
     train_tokens, val_tokens = (tokenize(documents, tokenizer, name)
                                 for name, documents in (("train", train), ("val", val)))
+    if not len(train_tokens) or not len(val_tokens):
+        raise ValueError("to the tokenizer one of the two parts, to train and to validate on, is nothing")
     args.out.mkdir(parents=True, exist_ok=True)
     with token_files(args.out) as (train_file, val_file):
         train_file.write(train_tokens)

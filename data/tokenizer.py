@@ -109,10 +109,14 @@ class ForeignTokenizer:
             files = "tokenizer_config.json or special_tokens_map.json"
             raise ValueError(f"{folder}: {files} is damaged: {error!r}") from None
         self.template = self.files.get("chat_template.jinja", b"").decode(errors="replace") or template or ""
-        self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        self.n_vocab = 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """str -> list of ids. ValueError where the vocabulary has no token for what it does not know."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            raise ValueError(f"{self.folder}/tokenizer.json: {error}") from None
 
     def beginning(self):
         return self.encode("\n") or [0]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,6 +431,24 @@ def test_ctrl_c_is_no_traceback(folder, tmp_path, monkeypatch, capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "" and not (tmp_path / "out").exists()
 
 
+def test_what_a_foreign_tokenizer_makes_nothing_of_replaces_no_dataset(tmp_path, capsys):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    for text, message in (("a " * 900 + "\n" * 300, "is nothing"), ("b\n" * 99, "Missing [UNK]")):
+        (tmp_path / "text.txt").write_text(text)
+        said = fails(own_text.main, capsys, tmp_path / "out", tmp_path / "text.txt", "--tokenizer", tmp_path / "words")
+        assert message in said and not (tmp_path / "out").exists()
+
+
+def test_text_may_come_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=("one line\n" * 99,), daemon=True).start()
+    own_text.main([str(tmp_path / "pipe"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert len(tokens(tmp_path / "out", "train")) + len(tokens(tmp_path / "out", "val")) == 99 * 9 + 2
+
+
 def test_bad_input(folder, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "nothing").mkdir()
@@ -441,6 +460,8 @@ def test_bad_input(folder, tmp_path, capsys):
     assert "does not exist" in fails(own_text.main, capsys, out, tmp_path / "missing")
     assert "no text in" in fails(own_text.main, capsys, out, tmp_path / "nothing")
     assert "no UTF-8 text" in fails(own_text.main, capsys, out, folder / "latin1.txt")
+    shutil.copy(folder / "latin1.txt", tmp_path / "nothing")
+    assert "1 files in" in fails(own_text.main, capsys, out, tmp_path / "nothing")
     assert "no tokenizer nonsense" in fails(own_text.main, capsys, out, folder, "--tokenizer", "nonsense")
     assert "not JSON" in fails(own_text.main, capsys, out, folder, "--tokenizer", tmp_path / "broken")
     assert "tokenizer.json" in fails(own_text.main, capsys, out, folder, "--tokenizer", tmp_path / "strange")
@@ -661,13 +682,15 @@ def test_fineweb_of_unknown_length(hub, tmp_path, capsys):
     assert end.value.code == 2 and len(lines) == 1 and "does not say how many bytes" in lines[0]
 
 
-@pytest.mark.parametrize("damage", ["hash", "magic", "short"])
+@pytest.mark.parametrize("damage", ["hash", "magic", "short", "ids"])
 def test_fineweb_damaged(damage, hub, tmp_path, capsys):
     name = "fineweb_train_000001.bin"
     if damage == "hash":
         hub.sha256 = {name: "0" * 64}
     else:
-        hub.files[name] = b"\0" + hub.files[name][1:] if damage == "magic" else hub.files[name][:-2]
+        shard = hub.files[name]
+        damaged = {"magic": b"\0" + shard[1:], "short": shard[:-2], "ids": shard[:-2] + b"\xff\xff"}
+        hub.files[name] = damaged[damage]
     with pytest.raises(SystemExit) as end:
         prepare_fineweb(hub, tmp_path, "--shards", "1")
     lines = capsys.readouterr().err.splitlines()

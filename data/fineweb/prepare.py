@@ -22,6 +22,7 @@ from data.tokenizer import load_tokenizer, sha256
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
+GPT2_TOKENS = 50257
 TIMEOUT = 30  # seconds without a byte
 WAITS = [1, 2, 4, 8]  # seconds before each retry; from the start again after one that brought something
 BUSY = 408, 429  # "timeout", "too many requests": of HTTP's 4xx those that pass
@@ -103,10 +104,12 @@ def read_shard(path):
     """A shard's tokens, mapped, (count) uint16. ValueError, and the file is removed, if it is no whole shard."""
     header = np.fromfile(path, "<i4", 3)
     ours = len(header) == 3 and tuple(header[:2]) == (MAGIC, VERSION) and header[2] > 0
-    if not ours or path.stat().st_size != HEADER + 2 * int(header[2]):
-        path.unlink()
-        raise ValueError(f"{path.name} is no whole shard of version {VERSION}; it is removed, start again")
-    return np.memmap(path, "<u2", "r", HEADER, (int(header[2]),))
+    if ours and path.stat().st_size == HEADER + 2 * int(header[2]):
+        tokens = np.memmap(path, "<u2", "r", HEADER, (int(header[2]),))
+        if tokens.max() < GPT2_TOKENS:
+            return tokens
+    path.unlink()
+    raise ValueError(f"{path.name} is no whole shard of version {VERSION}; it is removed, start again")
 
 
 def pieces(shard, gpt2, tokenizer):

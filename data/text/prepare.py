@@ -10,10 +10,11 @@ from data.dataset import make_parser, one_line_errors, read_documents, read_text
 def main(argv=None):
     parser = make_parser(__file__, __doc__, tokenizer="bpe")
     parser.add_argument("path", type=Path, metavar="PATH", help="a text file, or a folder: every UTF-8 file in it is "
-                        "taken, except hidden ones and ones with NUL bytes")
+                        "taken, except hidden ones, ones with NUL bytes and those behind links to folders")
     args = parser.parse_args(argv)
     with one_line_errors(parser):
-        documents = [read_text(args.path)] if args.path.is_file() else read_documents(args.path, args.out)
+        one_file = args.path.exists() and not args.path.is_dir()  # or a pipe
+        documents = [read_text(args.path)] if one_file else read_documents(args.path, args.out)
         if not any(documents):
             raise ValueError(f"{args.path} holds no UTF-8 text")
         write_dataset(args, *split_documents(documents, args.val_fraction))
