@@ -268,29 +268,30 @@ class Speed:
         return said | ({"watts": power} if power else {})
 
 
-def memory_plan(model, optimizer, tokens):
-    """{what: bytes} that training holds on this rank; tokens: of one micro-batch.
+def memory_plan(model, optimizer, sequences, length):
+    """{what: bytes} that training holds on this rank, with micro-batches of so many sequences of `length` tokens.
 
     Activations are what the backward pass needs of every layer: the stream and what is added to it at both merges,
-    inputs and results of the products (eager PyTorch keeps up to a third more); and the gradient and a chunk of logits.
+    inputs and results of the products (eager PyTorch keeps up to a third more), in bf16 on a CPU attention's scores;
+    and the gradient and a chunk of logits.
     """
     c, size = model.config, next(p.element_size() for name, p in model.named_parameters() if "o_proj" in name)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = [*optimizer.muon.buffer.values(), optimizer.adamw.flat, optimizer.adamw.mean, optimizer.adamw.square]
     kept += optimizer.muon.master.values() if size < 4 else []
     attention = (2 * c.num_attention_heads + 4 * c.num_key_value_heads) * c.head_dim * 2
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and size == 2:  # in blocks of 128 queries: see zaya.attend_in_blocks
+        attention += c.num_attention_heads * (length + 128) // 2
     experts = 3 * c.moe_intermediate_size + 4 * c.hidden_size
     layer = 2 * c.hidden_size * (4 + size) + (2 * c.hidden_size + 7 * c.router_hidden_size) * size
     layer += 0 if optimizer.config.recompute else (attention + experts) * size
-    head = (
-        2 * c.vocab_size * c.hidden_size * 4
-        + (4 + 2 * size) * LOGITS_AT_ONCE[next(model.parameters()).device.type != "cpu"]
-    )
+    head = 2 * c.vocab_size * c.hidden_size * 4 + (4 + 2 * size) * LOGITS_AT_ONCE[not on_cpu]
     return {
         "weights": weights,
         "gradients": weights * min(2, optimizer.muon.ranks.world),  # several ranks': added up, and DDP's buckets
         "optimizer": sum(t.numel() * t.element_size() for t in kept),
-        "activations": tokens * c.num_hidden_layers * layer + head,
+        "activations": sequences * length * c.num_hidden_layers * layer + head,
     }  # fmt: skip
 
 
@@ -1262,7 +1263,7 @@ def main():
         raise ValueError(f"--steps {config.steps}: the run in {out} has made {record['step']} steps already")
     ddp = averaging(compiled) if ranks.world > 1 else compiled
     sys.stdout, sys.stderr = (stream and TolerantStream(stream) for stream in (sys.stdout, sys.stderr))
-    say_memory(memory_plan(model, optimizer, config.micro_batch_size * config.block_size), ranks)
+    say_memory(memory_plan(model, optimizer, config.micro_batch_size, config.block_size), ranks)
     if ranks.first:
         total, active = model.parameter_counts()
         log = log or open_log(out)

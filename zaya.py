@@ -907,7 +907,7 @@ def sample(logits, temperature, top_k, top_p):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # else rounding would cut the tail of a large vocabulary
         probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what stands before it is enough already
         beyond[:, 0] = False  # the likeliest stays, even for a top_p that is 0 in fp32

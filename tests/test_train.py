@@ -1032,15 +1032,18 @@ def test_every_rank_has_its_share(tmp_path):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kernels, within", [("triton", 0.2), ("eager", 0.33)])
-def test_memory_of_activations_is_as_planned(kernels, within, recompute):
+@pytest.mark.parametrize(
+    "kernels, dtype, T, within",
+    [("triton", torch.float32, 48, 0.2), ("eager", torch.float32, 48, 0.33), ("eager", torch.bfloat16, 700, 0.33)],
+)
+def test_memory_of_activations_is_as_planned(kernels, dtype, T, within, recompute):
     """What autograd keeps of a forward pass, every storage once."""
     if kernels == "triton":
         pytest.importorskip("triton")
     torch.manual_seed(0)
     config, kept = replica(128, 3, 16, vocab_size=64), {}
     model = Zaya(config, kernels)
-    plan = train.memory_plan(model, Optimizer(model, TrainConfig(recompute=recompute), torch.float32, ALONE), 48)
+    plan = train.memory_plan(model, Optimizer(model, TrainConfig(recompute=recompute), dtype, ALONE), 1, T)
     if recompute:
         train.recompute(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -1050,9 +1053,9 @@ def test_memory_of_activations_is_as_planned(kernels, within, recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(torch.randint(64, (1, 48)), torch.randint(64, (1, 48)))[1]
+        loss = model(torch.randint(64, (1, T)), torch.randint(64, (1, T)))[1]
     found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
-    head = 2 * 64 * 128 * 4 + 3 * 4 * zaya.LOGITS_AT_ONCE[False]
+    head = 2 * 64 * 128 * 4 + (4 + 2 * dtype.itemsize) * zaya.LOGITS_AT_ONCE[False]
     assert loss.isfinite() and found == pytest.approx(plan["activations"] - head, rel=within)
 
 
@@ -1064,8 +1067,8 @@ def test_zaya1_8b_fits_eight_gpus():
             model = Zaya(PRESETS["zaya1-8b"])
             ranks = SimpleNamespace(rank=rank, world=8, first=rank == 0, device=torch.device("meta"))
             optimizer = Optimizer(model, TrainConfig(), torch.bfloat16, ranks)
-            plans.append(train.memory_plan(model, optimizer, 4096))
-            for plan in (plans[-1], train.memory_plan(model, optimizer, sequences * 4096)):
+            plans.append(train.memory_plan(model, optimizer, 1, 4096))
+            for plan in (plans[-1], train.memory_plan(model, optimizer, sequences, 4096)):
                 train.say_memory(plan, ranks)
                 assert sum(plan.values()) < 192e9
     assert sum(plan["optimizer"] for plan in plans) >= 8 * 8.3e9  # masters and momenta, each somewhere
