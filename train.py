@@ -609,9 +609,9 @@ class Optimizer:
         # PID-like loop of that. The last bias, that of skip, is left alone.
         biases = [router.balancing_biases[:-1] for router in model.routers]
         # Its betas and rate are not published. With (0.9, 0.999) at a constant rate the load oscillates for long; with
-        # these, at a rate that falls with lr, it does not. (Nano, 200 steps, two seeds, bits a byte: 1.857 and 1.858 at a
-        # rate of 0.01, 1.838 and 1.853 at 0.02, 1.849 and 1.860 at 0.04. With a warm-up like lr's 1.827 and 1.849, which
-        # two seeds do not tell from none.)
+        # these, at a rate that falls with lr, it does not. (Nano, 200 steps, two seeds, bits a byte: 1.857 and 1.858 at
+        # a rate of 0.01, 1.838 and 1.853 at 0.02, 1.849 and 1.860 at 0.04. With a warm-up like lr's 1.827 and 1.849:
+        # two seeds do not tell these from none.)
         self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance") if biases else None
         self.parts = [part for part in (self.muon, self.adamw, self.balance) if part]
 
