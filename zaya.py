@@ -229,7 +229,7 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     v_before   the v_delayed of the token before these (B, 1, Hk * h / 2), zeros at the start of a text
     depthwise  (weight (C, 1, taps), bias (C)), the first convolution
     grouped    (weight (C, h, taps), bias (C)), the second
-    temp       (Hk), a learned factor for the length of a key, used raw ([R] C: exp(temp), as [C] has, grew too large)
+    temp       (Hk), a factor for a key's length, used raw ([R] appendix C: exp(temp), as [C] has, grew too large)
     cos, sin   (T, 1, rotary_dim / 2)
     Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """

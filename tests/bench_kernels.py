@@ -318,10 +318,29 @@ def resources_on_nvidia(compiled, warps):
     waves = min(programs, 233472 // shared if shared else 32) * warps // 4
     ptx = compiled.asm["ptx"]
     if compiled.metadata.launch_pdl:  # see kernels.pdl
-        before, wait, _ = ptx.partition("griddepcontrol.wait")
-        assert wait and "st.global" not in before, "starts early, and writes before it waits"
+        assert waits_before_it_writes(ptx), "starts early, and writes before it waits"
     products = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
     return registers, spills, shared, products, waves
+
+
+def waits_before_it_writes(ptx):
+    """Whether on every path through a kernel griddepcontrol.wait stands before the first store and before the end."""
+    pieces = re.split(r"^(\$L__BB\w+):", ptx, flags=re.MULTILINE)  # what has no label, a label, its code, a label, ...
+    labels = ["", *pieces[1::2]]
+    code, next_label = dict(zip(labels, pieces[::2])), dict(zip(labels, labels[1:]))
+    todo, seen = [""], set()
+    while todo:
+        seen.add(label := todo.pop())
+        for line in code[label].splitlines():
+            jump = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)
+            todo += [jump[1]] if jump and jump[1] not in seen else []
+            if "griddepcontrol.wait" in line or re.match(r"\s*bra", line):
+                break
+            if "st.global" in line or re.match(r"\s*ret;", line):
+                return False
+        else:
+            todo += [next_label[label]]
+    return True
 
 
 def compile_for(architecture, dtype, head_dim):

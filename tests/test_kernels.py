@@ -407,6 +407,15 @@ def test_compiles_without_that_gpu(architecture, dtype, head_dim):
         assert shown and set(shown) <= printed
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_branch_that_writes_before_it_waits_is_found(waits):
+    """In PTX, with two branches, of which the first waits."""
+    wait, write = "\tgriddepcontrol.wait;\n", "\tst.global.b32 [%rd1], %r1;\n"
+    first = f"\t@%p1 bra $L__BB0_2;\n$L__BB0_1:\n{wait}{write}\tbra.uni $L__BB0_3;\n"
+    second = f"$L__BB0_2:\n{wait if waits else ''}{write}$L__BB0_3:\n\tret;\n"
+    assert bench_kernels.waits_before_it_writes(first + second) == waits
+
+
 def test_a_wrong_kernel_is_found(monkeypatch):
     right = kernels.merge
     monkeypatch.setattr(bench_kernels, "cases", lambda *shape: {"merge": cases(*shape)["merge"]})
