@@ -704,10 +704,9 @@ class Zaya(nn.Module):
             return lambda token: pick(decoder.step(token))
 
         by_kernels = on_kernels(cache.end)
-        but_for_attention = all(
-            getattr(self.config, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling")
-        )
-        alone = by_kernels and len(cache.layers[0].k) == 1 and but_for_attention
+        # A text alone is hidden_of_one's, which takes any attention, but of the rest ZAYA1's own only
+        rest_is_zaya1 = all(getattr(self.config, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
+        alone = by_kernels and len(cache.layers[0].k) == 1 and rest_is_zaya1
 
         def step(token):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]

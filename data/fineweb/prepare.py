@@ -22,7 +22,7 @@ from data.tokenizer import load_tokenizer, sha256
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4  # a shard begins with 256 int32: these two, the number of tokens, zeros
-GPT2_TOKENS = 50257
+GPT2_TOKENS = 50257  # ids from there on are none
 TIMEOUT = 30  # seconds without a byte
 WAITS = [1, 2, 4, 8]  # seconds before each retry; from the start again after one that brought something
 BUSY = 408, 429  # "timeout", "too many requests": of HTTP's 4xx those that pass
@@ -129,7 +129,7 @@ def write_tokens(file, shards, gpt2, tokenizer):
     """All shards' tokens in one file -> how many."""
     count = 0
     for shard in shards:
-        for ids in pieces(read_shard(shard), gpt2, tokenizer):
+        for ids in pieces(shard, gpt2, tokenizer):
             file.write(ids.astype(dtype_of(tokenizer)))
             count += len(ids)
     return count
@@ -149,17 +149,16 @@ def main(argv=None):
         tokenizer = gpt2 if args.tokenizer == "gpt2" else load_tokenizer(args.tokenizer)
         (args.out / "shards").mkdir(parents=True, exist_ok=True)
         names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, args.shards + 1))]
-        shards = [args.out / "shards" / name for name in names]
-        for path in shards:
+        shards = []
+        for path in (args.out / "shards" / name for name in names):
             if not path.exists():
                 download(f"{args.url}/{path.name}", path)
-            read_shard(path)  # complains at once, not after the last download
+            shards.append(read_shard(path))  # complains at once, not after the last download
         with token_files(args.out) as (train_file, val_file):
             counts = {"val_tokens": write_tokens(val_file, shards[:1], gpt2, tokenizer),
                       "train_tokens": write_tokens(train_file, shards[1:], gpt2, tokenizer)}
         lengths = np.array([0 if i == gpt2.eot else len(gpt2.decode_bytes([i])) for i in range(gpt2.n_vocab)])
-        val = read_shard(shards[0])
-        val_bytes = sum(int(lengths[val[start : start + PIECE]].sum()) for start in range(0, len(val), PIECE))
+        val_bytes = sum(int(lengths[piece].sum()) for piece in pieces(shards[0], gpt2, gpt2))
         make_whole(args.out, tokenizer, counts, val_bytes)
     print(f"{args.out / 'shards'} may be deleted; with it more shards can be added later without loading these again.")
 
