@@ -12,7 +12,6 @@ import atexit
 import ctypes
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -1177,10 +1176,9 @@ def restore(out, log, record):
 def averaging(model):
     """model, wrapped so that the backward pass averages its gradients over the ranks. Buffers are left alone: every
     rank counts its own tokens, and the balancing biases are equal on all ranks anyway."""
-    wrap = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the flag's name from PyTorch 2.13 on
-    own_buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return wrap(model, gradient_as_bucket_view=True, **own_buffers)
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # the argument of this name is deprecated from PyTorch 2.13 on
+    return ddp
 
 
 def prefetched(items):
