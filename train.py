@@ -187,10 +187,6 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
-
     def follow_the_first(self):
         """Wait until rank 0 comes here, too, be it in hours: a barrier would fail after the group's timeout."""
         if self.world > 1 and self.first:
@@ -200,7 +196,8 @@ class Ranks:
 
     def leave(self):
         """The end of what ranks do together. NCCL's group ends here, on all at once; gloo's with the process."""
-        self.wait()
+        if self.world > 1:
+            dist.barrier()
         if dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
