@@ -611,13 +611,14 @@ class Optimizer:
         self.balance = AdamW(biases, betas=BALANCING[config.balancing], prefix="balance") if biases else None
         self.parts = [part for part in (self.muon, self.adamw, self.balance) if part]
 
-    def step(self, step, load):
-        """Update everything. load (L, E): the share of the whole batch's tokens that each expert had."""
+    def step(self, step, counts):
+        """Update everything. counts: how the whole batch was spread over the experts, from collect_counts."""
         config, lr = self.config, learning_rate(step, self.config)
         self.muon.step(lr)
         self.adamw.step(lr)
         if self.balance and config.balancing != "none":
             balance_lr = config.balance_lr * learning_rate(max(step, config.warmup), config) / config.lr
+            load = counts[:, :-1] / counts.sum(dim=1, keepdim=True)  # (L, E): each expert's share of the tokens
             self.balance.step(balance_lr, list(load - 1 / load.shape[1]))
 
     def masters(self):
@@ -978,11 +979,6 @@ def collect_counts(routers, ranks):
     return counts
 
 
-def shares(counts):
-    """Each expert's share of its layer's tokens (L, E), from what collect_counts returns."""
-    return None if counts is None else counts[:, :-1] / counts.sum(dim=1, keepdim=True)
-
-
 @torch.no_grad()
 def evaluate(model, text, config, ranks, routers):
     """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
@@ -1302,7 +1298,7 @@ def main():
             # From here on nothing waits for the GPU: the next step is launched while it still updates the weights.
             # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
             if math.isfinite(loss) and math.isfinite(norm):
-                optimizer.step(step, shares(counts))
+                optimizer.step(step, counts)
                 bad_in_a_row = 0
             else:  # skip the update; one bad batch must not spoil the weights
                 record["skipped"] += 1

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -95,8 +94,7 @@ def shape_of(row):
 
 def config_of(flags):
     """The ZayaConfig of a row, as train.py makes it."""
-    known = {f.name for f in fields(ZayaConfig)}
-    shape = {name: value for name, value in flags.items() if name in known}
+    shape = train.flags_of(ZayaConfig, flags)
     if "cca_without" in shape:
         shape["cca_without"] = shape["cca_without"].split(",")
     return train.model_config(train.TrainConfig(block_size=256), shape, PRESETS["nano"].vocab_size, None)
@@ -114,8 +112,7 @@ def one_step(row):
         start = time.perf_counter()
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        counts = train.collect_counts(model.routers, ranks)
-        optimizer.step(50, train.shares(counts))
+        optimizer.step(50, train.collect_counts(model.routers, ranks))
         model.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 

@@ -141,12 +141,9 @@ def test_balancing_is_adamw_on_the_share_less_an_even_one():
     )
     for seed in range(4):
         loss_of(model, seed).backward()
-        counts = torch.stack([router.counts for router in model.routers]).float()
-        load = counts[:, :-1] / counts.sum(dim=1, keepdim=True)
-        for router in model.routers:
-            router.counts.zero_()
-        optimizer.step(0, load)  # the balancing's rate is at its peak: it has no warm-up
-        plain.grad = load - 1 / 4
+        counts = train.collect_counts(model.routers, train.Ranks("cpu"))
+        optimizer.step(0, counts)  # the balancing's rate is at its peak: it has no warm-up
+        plain.grad = counts[:, :-1] / counts.sum(dim=1, keepdim=True) - 1 / 4
         reference.step()
         biases = torch.stack([router.balancing_biases for router in model.routers])
         torch.testing.assert_close(biases[:, :-1], plain.detach(), rtol=1e-5, atol=1e-6)
@@ -222,7 +219,7 @@ def test_bf16_has_fp32_masters_and_they_are_what_is_saved(tmp_path):
     before = {name: tensor.clone() for name, tensor in optimizer.masters().items()}
     for seed in range(2):
         loss_of(model, seed).backward()
-        optimizer.step(0, torch.full((2, 4), 0.25))
+        optimizer.step(0, torch.ones(2, 5))
     masters = optimizer.masters()
     for name, tensor in model.state_dict().items():
         fp32 = re.search(r"norm|scale|temp|input_hidden|balancing|residual", name)
