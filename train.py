@@ -980,7 +980,7 @@ def collect_counts(routers, ranks):
 
 
 @torch.no_grad()
-def evaluate(model, text, config, ranks, routers):
+def evaluate(model, text, config, ranks):
     """What the log says of an evaluation: val_loss (nats a token, None if not finite), val_bpb (bits a byte) and,
     unless the model is dense, val_load_entropy."""
     # As many on any number of ranks, so that what they find can be compared.
@@ -991,7 +991,7 @@ def evaluate(model, text, config, ranks, routers):
         inputs, targets = text.batch(own[i : i + config.micro_batch_size], ranks.device)
         _, loss = model(inputs, targets)
         total += loss * len(inputs)
-    loss, counts = ranks.sum(total).item() / len(starts), collect_counts(routers, ranks)
+    loss, counts = ranks.sum(total).item() / len(starts), collect_counts(model.routers, ranks)
     found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / text.meta["bytes_per_token"])}
     return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1].float())}
 
@@ -1242,10 +1242,9 @@ def main():
     if checkpoint:
         optimizer.load_state(load_safetensors(checkpoint / "trainer.safetensors"))
     compiled = torch.compile(model, dynamic=False) if config.compile else model
-    routers, parameters = model.routers, list(model.parameters())
 
     if config.eval_only:
-        found = evaluate(compiled, validation, config, ranks, routers)
+        found = evaluate(compiled, validation, config, ranks)
         ranks.leave()
         if ranks.first:
             print(in_words(found))
@@ -1287,13 +1286,13 @@ def main():
             lr = learning_rate(step, config)
 
             loss = add_up_gradients(ddp, batches, config, ranks, spent)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
 
             # What all ranks must agree on: the loss, and whether to stop.
             stop = torch.tensor(float(bool(asked_to_stop)), device=device)
             loss, stopping = ranks.sum(torch.stack([loss / ranks.world, stop])).tolist()
             norm = grad_norm.item()
-            counts = collect_counts(routers, ranks)
+            counts = collect_counts(model.routers, ranks)
             loads = None if counts is None else counts[:, :-1].cpu()
             # From here on nothing waits for the GPU: the next step is launched while it still updates the weights.
             # Equal on all ranks: the loss was summed, and the gradients were averaged before their norm was taken.
@@ -1321,7 +1320,7 @@ def main():
             better = False
             if step % config.eval_every == 0 or step == config.steps:
                 with timed(spent, "evaluation"):
-                    entry |= evaluate(compiled, validation, config, ranks, routers)
+                    entry |= evaluate(compiled, validation, config, ranks)
                 new, best = entry["val_loss"], record["best"]
                 better = new is not None and (best is None or new < best) and not bad_in_a_row
                 record["best"] = new if better else best
