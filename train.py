@@ -648,7 +648,7 @@ def learning_rate(step, config):
 def load_entropy(load):
     """How evenly the experts are used: H(p) / ln E of load (L, E), averaged over layers; 1 is perfectly even."""
     p = load / load.sum(dim=1, keepdim=True).clamp_min(1)
-    return (-(p * p.clamp_min(1e-30).log()).sum(dim=1) / math.log(max(2, load.shape[1]))).mean().item()
+    return (torch.special.entr(p).sum(dim=1) / math.log(max(2, load.shape[1]))).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -993,7 +993,7 @@ def evaluate(model, text, config, ranks):
         total += loss * len(inputs)
     loss, counts = ranks.sum(total).item() / len(starts), collect_counts(model.routers, ranks)
     found = {"val_loss": finite(loss), "val_bpb": finite(loss / math.log(2) / text.meta["bytes_per_token"])}
-    return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1].float())}
+    return found if counts is None else found | {"val_load_entropy": load_entropy(counts[:, :-1])}
 
 
 def in_words(found):
@@ -1311,7 +1311,7 @@ def main():
             entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
             entry |= {name: record[name] for name in ("tokens", "skipped")}
             if loads is not None:
-                entry["load_entropy"] = load_entropy(loads.float())
+                entry["load_entropy"] = load_entropy(loads)
                 if step % load_every == 0 or config.log_every > 1:
                     entry["load"] = loads.tolist()
             seconds = time.perf_counter() - started  # on a GPU with the last step's update in the place of this one's
