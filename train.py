@@ -504,11 +504,12 @@ class Muon:
             grad = self.parameters[name].grad
             step = self.nesterov(grad.view(-1), self.buffer[name].view(-1), self.momentum)
             steps.append(self.matrices(name, step.view(grad.shape)))
-        steps = newton_schulz(torch.cat(steps))  # in the weights' dtype: bf16 is exact enough where they are bf16
+        # In the weights' dtype: bf16 is exact enough where they are bf16.
+        updates = newton_schulz(torch.cat(steps)).split([len(step) for step in steps])
         # On the device: for a new Python number torch.compile would compile anew.
-        numbers = 1 - lr * self.weight_decay, lr * 0.2 * math.sqrt(max(steps.shape[1:]))
-        keep, scale = (torch.full((), number, device=steps.device) for number in numbers)
-        for name, update in zip(names, steps.split([len(self.matrices(n, self.buffer[n])) for n in names])):
+        numbers = 1 - lr * self.weight_decay, lr * 0.2 * math.sqrt(max(steps[0].shape[1:]))
+        keep, scale = (torch.full((), number, device=steps[0].device) for number in numbers)
+        for name, update in zip(names, updates):
             copy = None if self.parameters[name].dtype == torch.float32 else self.parameters[name].view(-1)
             self.apply_update(self.master[name].view(-1), update.reshape(-1), keep, scale, copy)
 
