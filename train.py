@@ -545,7 +545,7 @@ class AdamW:
         self.own = slice(rank * self.part, (rank + 1) * self.part)
         self.flat = self.shard([p.detach() for p in self.parameters])  # the fp32 masters
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self.count = torch.zeros((), dtype=torch.int64)
+        self.count = 0
 
     def shard(self, tensors):
         """This rank's part of all tensors, flattened one after the other, in fp32."""
@@ -565,7 +565,7 @@ class AdamW:
     def step(self, lr, grads=None):
         grad = self.shard(grads or [p.grad for p in self.parameters])
         self.count += 1
-        (beta1, beta2), n = self.betas, self.count.item()
+        (beta1, beta2), n = self.betas, self.count
         self.mean.lerp_(grad, 1 - beta1)
         self.square.lerp_(grad.square_(), 1 - beta2)
         denominator = (self.square / (1 - beta2**n)).sqrt_().add_(self.eps)
@@ -575,12 +575,12 @@ class AdamW:
 
     def state(self):
         vectors = {f"{self.prefix}.{name}": self.gather(getattr(self, name)) for name in ("mean", "square")}
-        return vectors | {f"{self.prefix}.count": self.count.clone()}
+        return vectors | {f"{self.prefix}.count": torch.tensor(self.count)}
 
     def load_state(self, tensors):
         self.mean.copy_(self.shard([tensors[f"{self.prefix}.mean"]]))
         self.square.copy_(self.shard([tensors[f"{self.prefix}.square"]]))
-        self.count.copy_(tensors[f"{self.prefix}.count"])
+        self.count = tensors[f"{self.prefix}.count"].item()
 
 
 # The betas of the AdamW loop on the balancing biases. Without a memory of the past it moves each of them by the sign of
