@@ -219,11 +219,10 @@ def faster_dtype(ranks):
 def tune_memory():
     """Let glibc keep what is freed: it would hand tensors back to the kernel, only to fault their pages in again, which
     took a tenth of a step on a CPU."""
-    if sys.platform == "linux":
-        libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(TRIM_THRESHOLD, 1 << 30)
+    libc, TRIM_THRESHOLD, MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+    if hasattr(libc, "mallopt"):  # neither musl nor a Mac has it
+        libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(TRIM_THRESHOLD, 1 << 30)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
