@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
+import timeit
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -202,13 +203,9 @@ class Speed:
 
 def read_bandwidth(device):
     """Bytes that the device reads from memory in a second: the sum of a vector too large for any cache."""
-    x, best, times = torch.ones(2**28 if device == "cuda" else 2**26, device=device), math.inf, 8
-    for _ in range(4):
-        start = time.perf_counter()
-        sums = [x.sum() for _ in range(times)]
-        sums[-1].item()  # waits
-        best = min(best, time.perf_counter() - start)
-    return times * x.numel() * x.element_size() / best
+    x, times = torch.ones(2**28 if device == "cuda" else 2**26, device=device), 8
+    seconds = min(timeit.repeat(lambda: [x.sum() for _ in range(times)][-1].item(), repeat=4, number=1))  # item() waits
+    return times * x.numel() * x.element_size() / seconds
 
 
 class Detokenizer:
