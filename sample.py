@@ -51,13 +51,11 @@ class SampleConfig:
     dtype: str = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16 or float16
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples"):
-            if getattr(self, name) < 1:
+        for name in ("max_new_tokens", "num_samples", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed < 2**63:
