@@ -367,7 +367,7 @@ class Tokens:
     def validation_starts(self, sequences):
         """Where that many blocks, spread evenly over the text, begin; all of them for 0."""
         count = min(sequences or self.blocks, self.blocks)
-        return [int(i * self.blocks / count) * self.block_size for i in range(count)]
+        return [i * self.blocks // count * self.block_size for i in range(count)]
 
 
 def open_data(name, ranks):
