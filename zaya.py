@@ -568,7 +568,9 @@ class Zaya(nn.Module):
         super().__init__()
         use_kernels(kernels)
         self.config, self.kernels = config, kernels
-        self.graph = True  # whether text is written, on a GPU, by a step that is recorded and replayed: see captured
+        # Of text: whether a ZAYA1's new token takes a short cut (Decoder, hidden_of_one), and whether a GPU's is a step
+        # that is recorded and replayed (captured).
+        self.shortcuts = self.graph = True
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         if config.residual_scaling:
@@ -699,14 +701,14 @@ class Zaya(nn.Module):
         """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
         sees."""
         use_kernels(self.kernels)
-        if on_cpu_in_fp32(self.head) and self.kernels != "triton" and self.config.is_zaya1:
+        if self.shortcuts and on_cpu_in_fp32(self.head) and self.kernels != "triton" and self.config.is_zaya1:
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
 
         by_kernels = on_kernels(cache.end)
         # A text alone is hidden_of_one's, which takes any attention, but of the rest ZAYA1's own only
         rest_is_zaya1 = all(getattr(self.config, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
-        alone = by_kernels and len(cache.layers[0].k) == 1 and rest_is_zaya1
+        alone = self.shortcuts and by_kernels and len(cache.layers[0].k) == 1 and rest_is_zaya1
 
         def step(token):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]

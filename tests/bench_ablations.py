@@ -8,7 +8,6 @@ that row's time. `switch` goes over to another text halfway; `long` has three ti
 is not trained again: only the table and the picture are made.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from zaya import PRESETS, Zaya, ZayaConfig, newest_first
+from data.dataset import in_range
+from zaya import PRESETS, OneLineParser, Zaya, ZayaConfig, newest_first, stop_in_one_line
 
 LATER_DATA = ROOT / "out-ablations" / "shakespeare"
 BASE = dict(
@@ -211,11 +211,14 @@ def lines(trials, times):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser, count = OneLineParser(description=__doc__.splitlines()[0]), in_range(int, 1, 1000)
     parser.add_argument("table", choices=TABLES, help="what to vary")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a row (default: 3)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
-    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "ablations", help="default: assets/ablations")
+    parser.add_argument("--seeds", type=count, default=3, help="runs a row (default: 3)")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, each on one core (default: 2)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "assets" / "ablations",
+        help="folder of runs and picture (default: assets/ablations, the README's: for other seeds take another)",
+    )  # fmt: skip
     parser.add_argument("--shakespeare", type=Path, help="a copy of tiny Shakespeare for `switch`, else downloaded")
     args = parser.parse_args()
     rows, file = TABLES[args.table], args.out / "times.json"
@@ -243,4 +246,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sample
+from data.dataset import in_range
 from train import refuse_other_tokens
 from zaya import OneLineParser, PRESETS, Zaya, find_checkpoint, pyplot, stop_in_one_line, token_costs
 
@@ -132,7 +133,10 @@ def main():
     parser.add_argument("figure", choices=("costs", "router", "scales"))
     parser.add_argument("--checkpoint", default="out", help="a run directory or a checkpoint (default: out)")
     parser.add_argument(
-        "--tokens", type=int, default=40_000, help="of the text that `router` looks at (default: 40000)"
+        "--tokens",
+        type=in_range(int, 1, 2**31),
+        default=40_000,
+        help="of the text that `router` looks at (default: 40000)",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder for the picture (default: assets)")
     args = parser.parse_args()

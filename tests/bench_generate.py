@@ -15,7 +15,8 @@ from bench_transformers import CONFIG, both_models, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
-from zaya import PRESETS, Zaya
+from data.dataset import in_range
+from zaya import PRESETS, OneLineParser, Zaya, stop_in_one_line
 
 PROMPT, NEW = 16, 100
 
@@ -96,8 +97,7 @@ def after_context(model, batch, context, new):
     for layer in cache.layers:
         layer.k.normal_()
         layer.v.normal_()
-    cache.end.fill_(context)
-    cache.length += context
+    cache.advance(context)
     with torch.inference_mode():
         step = model.decoder(cache, lambda hidden: model.logits(hidden).argmax(dim=-1))
         token = step(torch.zeros(batch, dtype=torch.int64, device=device))
@@ -129,6 +129,7 @@ def speeds(preset, device, contexts, new):
     del model
     for label, changes in (("CCA", {}), ("MHA's cache, 8 times as large", {"attention": "mha"})):
         model = random_weights(replace(config, **changes), device, dtype)
+        model.shortcuts = device == "cuda"  # a CPU's is for CCA alone
         rates = [after_context(model, 1, context, new // 4) for context in contexts]
         print(f"{label:30}" + "".join(f"{rate:10,.1f}" for rate in rates))
         more = [1e3 / rate - 1e3 / rates[0] for rate in rates]  # MHA's step differs in more than its cache
@@ -136,19 +137,30 @@ def speeds(preset, device, contexts, new):
         del model
 
 
+count = in_range(int, 1, 2**31)
+
+
+def counts(text):
+    return [count(word) for word in text.split(",")]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="texts of each beside transformers (default: 5)")
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    contexts = "1024,8192,32768,131072"
+    parser.add_argument("--rounds", type=count, default=5, help="texts of each beside transformers (default: 5)")
     parser.add_argument("--preset", choices=PRESETS, help="measure this shape alone, on a GPU if there is one")
-    parser.add_argument("--contexts", default="1024,8192,32768,131072", help="(default: 1024,8192,32768,131072)")
-    parser.add_argument("--new", type=int, default=256, help="tokens to write (default: 256)")
+    parser.add_argument("--contexts", type=counts, default=contexts, help=f"with --preset (default: {contexts})")
+    parser.add_argument(
+        "--new", type=in_range(int, 4, 2**31), default=256, help="tokens to write with --preset (default: 256)"
+    )
     args = parser.parse_args()
     if args.preset:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        speeds(args.preset, device, [int(context) for context in args.contexts.split(",")], args.new)
+        speeds(args.preset, device, args.contexts, args.new)
     else:
         beside_transformers(args.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()

@@ -17,7 +17,9 @@ from pathlib import Path
 from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, flags
 from tqdm import tqdm
 
+from data.dataset import in_range
 from data.tokenizer import sha256
+from zaya import OneLineParser, stop_in_one_line
 
 START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
 PLAN = SHAPE | RUN | dict(steps=300, save_every=3, eval_every=50, data="stdlib")
@@ -63,8 +65,8 @@ def end_of(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="(default: 30)")
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=in_range(int, 1, 10_000), default=30, help="(default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
     args = parser.parse_args()
     dice, kills, saves, runs, same = random.Random(args.seed), 0, 0, 0, 0
@@ -92,4 +94,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()

@@ -14,16 +14,15 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train import Optimizer, TrainConfig, rates  # noqa: E402
-from zaya import KERNELS, PRESETS, Zaya, training_flops  # noqa: E402
-
-ALONE = SimpleNamespace(rank=0, world=1, first=True)
+from data.dataset import in_range  # noqa: E402
+from train import Optimizer, Ranks, TrainConfig, collect_counts, rates  # noqa: E402
+from zaya import KERNELS, PRESETS, OneLineParser, Zaya, stop_in_one_line, training_flops  # noqa: E402
 
 
 def median_seconds(function, steps, device):
@@ -38,10 +37,10 @@ def median_seconds(function, steps, device):
     return statistics.median(times)
 
 
-def forward_and_backward(run, tokens, pieces):
-    """The gradient of a batch, micro-batch after micro-batch. run(inputs, targets) -> loss."""
-    for rows in tokens.chunk(pieces):
-        (run(rows[:, :-1], rows[:, 1:]) / pieces).backward()
+def forward_and_backward(run, tokens, size):
+    """The gradient of a batch, micro-batches of that size one after the other. run(inputs, targets) -> loss."""
+    for rows in tokens.split(size):
+        (run(rows[:, :-1], rows[:, 1:]) * (len(rows) / len(tokens))).backward()
 
 
 def seconds_of_most(run, tokens, steps, device):
@@ -50,7 +49,7 @@ def seconds_of_most(run, tokens, steps, device):
     for size in (len(tokens) >> i for i in range(len(tokens).bit_length())):
         try:
             rows = tokens[:size]
-            return median_seconds(lambda: forward_and_backward(run, rows, 1), steps, device), size
+            return median_seconds(lambda: forward_and_backward(run, rows, size), steps, device), size
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -58,41 +57,45 @@ def seconds_of_most(run, tokens, steps, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = in_range(int, 1, 2**31)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the model (default: small)")
-    parser.add_argument("--tokens", type=int, default=524288, help="tokens a step (default: 524288)")
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences a forward pass (default: 16)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (default: 5)")
+    parser.add_argument(
+        "--tokens", type=count, default=524288, help="tokens a step, in whole sequences, one at least (default: 524288)"
+    )
+    parser.add_argument("--micro_batch_size", type=count, default=16, help="sequences a forward pass (default: 16)")
+    parser.add_argument("--steps", type=count, default=5, help="timed steps of each (default: 5)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as in train.py (default: auto)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=None, help="0 or 1 (default: 1 on a GPU)")
     flags = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks("auto")
+    device = ranks.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     compiled = device.type == "cuda" if flags.compile is None else flags.compile
     peak, product = rates(device, str(dtype).split(".")[1])
     config = PRESETS[flags.preset]
     context = config.max_position_embeddings
     tokens = torch.randint(config.vocab_size, (max(1, flags.tokens // context), context + 1), device=device)
-    pieces = max(1, len(tokens) // flags.micro_batch_size)
+    size = min(flags.micro_batch_size, len(tokens))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {dtype}, "
-        f"{len(tokens)} x {context} tokens a step in {pieces} pieces, a large product {product / 1e12:.1f} TFLOP/s"
+        f"{len(tokens)} x {context} tokens a step, {size} sequences at once, "
+        f"a large product {product / 1e12:.1f} TFLOP/s"
     )
-    few, ours, weights = tokens[: flags.micro_batch_size], None, None
+    few, ours, weights = tokens[:size], None, None
 
     def time_training(label, twin):
         """Print a row; of the MoE, keep the weights and the time of forward and backward alone."""
         nonlocal ours, weights
         torch.manual_seed(0)
         model = Zaya(twin, flags.kernels).to(device)
-        optimizer = Optimizer(model, TrainConfig(compile=compiled), dtype, ALONE)
+        optimizer = Optimizer(model, TrainConfig(compile=compiled), dtype, ranks)
         run = torch.compile(model, dynamic=False) if compiled else model
-        load = torch.full((config.num_hidden_layers, config.num_experts), 1 / config.num_experts, device=device)
 
         def step():
-            forward_and_backward(lambda x, y: run(x, y)[1], tokens, pieces)
-            optimizer.step(0, load)
+            forward_and_backward(lambda x, y: run(x, y)[1], tokens, size)
+            optimizer.step(0, collect_counts(model.routers, ranks))
             model.zero_grad(set_to_none=True)
 
         seconds = median_seconds(step, flags.steps, device)
@@ -100,20 +103,23 @@ def main():
         achieved = training_flops(twin, active, context) * tokens[:, 1:].numel() / seconds
         mfu = f"MFU {achieved / peak:.1%}" if peak else "MFU unknown (no datasheet for this device)"
         print(
-            f"{label:12}{total / 1e6:8.0f}M parameters, {active / 1e6:.0f}M active: {seconds:.3f} s a step, "
+            f"{label:12}{total / 1e6:8.1f}M parameters, {active / 1e6:.1f}M active: {seconds:.3f} s a step, "
             f"{tokens[:, 1:].numel() / seconds:,.0f} tokens/s, {achieved / 1e12:.2f} TFLOP/s, {mfu}, "
             f"{achieved / product:.1%} of the product's rate",
             flush=True,
         )
         if label == "MoE":
-            ours = median_seconds(lambda: forward_and_backward(lambda x, y: run(x, y)[1], few, 1), flags.steps, device)
+            alone = partial(forward_and_backward, lambda x, y: run(x, y)[1], few, size)
+            ours = median_seconds(alone, flags.steps, device)
             weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
 
     time_training("MoE", config)
     time_training("dense twin", replace(config, mlp="dense"))
 
     from transformers import ZayaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.device("meta"):
         names = Zaya(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,4 +146,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()

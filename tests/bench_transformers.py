@@ -7,7 +7,6 @@ shares of another's. Medians, and the ratio of each pair's times.
 transformers runs its fastest experts on this machine, set_experts_implementation("grouped_mm").
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from zaya import Zaya, ZayaConfig  # noqa: E402
+from data.dataset import in_range  # noqa: E402
+from zaya import OneLineParser, Zaya, ZayaConfig, stop_in_one_line  # noqa: E402
 
 CONFIG = ZayaConfig(
     hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
@@ -48,8 +48,11 @@ def seconds(step, *batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each (default: 15)")
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rounds", type=in_range(int, 3, 2**31), default=15,
+        help="steps of each, of which the first two only warm up (default: 15)",
+    )  # fmt: skip
     rounds = parser.parse_args().rounds
     ours, theirs = both_models(CONFIG)
     theirs.train().set_experts_implementation("grouped_mm")
@@ -81,4 +84,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with stop_in_one_line():
+        main()
