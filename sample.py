@@ -25,7 +25,7 @@ import torch
 from data.tokenizer import load_tokenizer
 from zaya import (
     KERNELS, ZAYA1, Zaya, as_list, choose_device, find_checkpoint, has_bf16, literal, parse_flags, positions_seen,
-    pyplot, stop_in_one_line, token_costs, watts,
+    pyplot, read_config, stop_in_one_line, token_costs, watts,
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ class SampleConfig:
     top_p: float | None = None  # choose among the fewest tokens that hold this much probability
     seed: int = 1  # the same seed, the same text
     num_samples: int = 1  # texts, all in one batch
-    show_experts: int | None = None  # print each token in the colour of its expert in this layer; draw experts.png
+    show_experts: int | None = None  # each token in its expert's colour in this layer (NO_COLOR=1: number); experts.png
     compare: list[str] | None = None  # two checkpoints instead of --checkpoint: same prompt and seed, side by side
     text: str | None = None  # with --compare: a file, on which both are measured in bits a byte
     gpu_hour: float = 2.0  # with --compare: price of the machine for an hour, in dollars
@@ -299,16 +299,18 @@ def draw_experts(pieces, chosen, probability, experts, path):
     """A panel a layer (eight at most), a column a token (the first 80), a row an expert; dark: sure of its choice."""
     plt, count, surest = pyplot(), min(80, len(pieces)), probability.max().item()
     layers = sorted({round(i * (len(chosen) - 1) / 7) for i in range(8)})
+    blues = plt.matplotlib.colors.ListedColormap(plt.get_cmap("Blues")(range(80, 256)))  # without the palest
     figure, axes = plt.subplots(
         len(layers), 1, figsize=(4 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, layer in zip(axes[:, 0], layers):
-        grid = torch.zeros(experts + 1, count)
+        grid = torch.full((experts + 1, count), torch.nan)
         grid[chosen[layer, :count], torch.arange(count)] = probability[layer, :count]
-        image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=surest)
+        image = axis.imshow(grid[:experts].numpy(), aspect="auto", origin="lower", cmap=blues, vmin=0, vmax=surest)
         axis.set_ylabel(f"layer {layer}\nexpert")
-    labels = [literal(repr(piece)[1:-1]) for piece in pieces[:count]]
+    words = [repr(piece)[1:-1].replace(" ", "\u00b7") for piece in pieces[:count]]
+    labels = [literal(word if len(word) <= 12 else f"{word[:11]}\u2026") for word in words]
     axes[-1, 0].set_xticks(range(count), labels, rotation=90, fontsize=7, family="monospace")
     axes[-1, 0].set_xlabel("token")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="the router's probability", shrink=0.8)
@@ -343,8 +345,10 @@ def compare(config, prompt):
     """Print what two checkpoints are, cost and write."""
     text = utf8_text(config.text) if config.text else None
     columns, facts = [], []
+    both_zaya1 = all(read_config(find_checkpoint(path)).is_zaya1 for path in config.compare)
     for path in config.compare:
         writer = Writer(path, config)
+        writer.model.shortcuts = both_zaya1  # or one would have them, and the other not
         ids = writer.ids(prompt)
         rows, speed = writer.write(ids)
         c, rate = writer.model.config, speed.tokens_per_s
@@ -367,6 +371,8 @@ def compare(config, prompt):
     width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
     for name in facts[0]:
         print(f"{name:{label}}  {facts[0][name]:>24}  {facts[1][name]:>24}")
+    if not both_zaya1:
+        print("(tokens/s: both without the short cuts of a ZAYA1's decoding, which only one of them could take)")
     for a, b in zip(*columns):
         print(f"\n{config.compare[0]:{width}} | {config.compare[1]}\n{'-' * width}-+-{'-' * width}")
         start = "" if config.chat else prompt

@@ -44,7 +44,7 @@ from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
     find_checkpoint, first_whole, has_bf16, literal, load_safetensors, newest_first, official_names, parse_flags,
-    pyplot, read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
+    pyplot, read_config, read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -117,6 +117,18 @@ RECIPES = {
         eval_every=1000,
     ),
 }  # fmt: skip
+
+
+def recipe(given):
+    """What a new run does differently from TrainConfig's defaults, before the flags given: its preset's recipe; or, for
+    a model to tune that no preset was named for, the learning rate of the widest preset that is no wider."""
+    if not given.get("init_from"):
+        return RECIPES.get(given.get("preset"), {})
+    if "preset" in given:
+        return flags_of(TrainConfig, RECIPES.get(given["preset"], {}))
+    width = read_config(find_checkpoint(given["init_from"])).hidden_size
+    narrower = [name for name in RECIPES if PRESETS[name].hidden_size <= width]
+    return {"lr": RECIPES[narrower[-1]]["lr"]} if narrower else {}
 
 
 def flags_of(cls, given):
@@ -307,6 +319,8 @@ def say_memory(plan, ranks):
     line = f"rank {ranks.rank}: {line}; {sum(plan.values()) / 1e9:.2f} GB in all"
     if ranks.device.type == "cuda":
         line += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 1e9:.0f} GB"
+    else:
+        line += ", beside PyTorch itself"
     print(line + "\n", end="", flush=True)  # in one piece, for the other ranks print, too
 
 
@@ -820,8 +834,9 @@ def plot(out):
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = max(1, len(log) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axis.plot(steps, losses, "." if len(log) == 1 else "-", color="tab:blue", alpha=0.25, linewidth=0.8)
-    axis.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training (mean of {width} steps)")
+    axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    label = f"training (mean of {width} steps)" if width > 1 else "training"
+    axis.plot(steps[width - 1 :], smooth, "." if len(log) == 1 else "-", color="tab:blue", label=label)
     seen = [e for e in log if e.get("val_loss") is not None]
     if seen:
         label = f"validation, at last {seen[-1]['val_loss']:.3f} nats a token = {seen[-1]['val_bpb']:.3f} bits a byte"
@@ -852,7 +867,7 @@ def plot(out):
         axis.set_ylabel(f"layer {layer}\nexpert")
     axes[-1, 0].set_xlabel("step")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="tokens (1: an even share)", shrink=0.8)
-    figure.suptitle(f"{name}: load of the experts (load entropy at last {loads[-1]['load_entropy']:.3f})")
+    figure.suptitle(f"{name}: load of the experts (load entropy of the last step: {loads[-1]['load_entropy']:.3f})")
     figure.savefig(out / "experts.png", dpi=110)
     plt.close(figure)
 
@@ -924,8 +939,9 @@ def compare(runs, out):
     print(f"picture: {out}/compare.png")
 
 
-def draw_together(trials, path):
-    """Validation loss against tokens and against time, load entropy, and the load of the experts at the end."""
+def draw_together(trials, path, change=None):
+    """Validation loss against tokens and against time, load entropy, and the load of the experts at the end. change:
+    after how many tokens the text became another, if it did."""
     plt = pyplot()
     figure, ((by_tokens, by_time), (entropies, loads)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     colors = plt.get_cmap("tab10" if len(trials) <= 10 else "tab20").colors
@@ -947,8 +963,12 @@ def draw_together(trials, path):
     losses = [t.curve("val_loss")[1] for t in trials if len(t.curve("val_loss")[1])]
     if losses:  # what matters is the end, not the first fall
         low, high = min(v.min() for v in losses), max(v[len(v) // 4 :].max() for v in losses)
+        margin = 0.05 * (high - low + 0.01)
         for axis in (by_tokens, by_time):
-            axis.set_ylim(low - 0.05 * (high - low + 0.01), high)
+            axis.set_ylim(low - margin, high + margin)
+    if change:
+        for axis in (by_tokens, entropies):
+            axis.axvline(change / 1e6, color="gray", linestyle=":")
     by_tokens.set(xlabel="million tokens", ylabel="validation loss (nats a token)", title="loss against tokens")
     by_time.set(xlabel="seconds of steps", ylabel="validation loss (nats a token)", title="loss against time")
     entropies.set(xlabel="million tokens", ylabel="load entropy (1: even)", title="load of the experts")
@@ -1031,8 +1051,7 @@ def resolve_flags(given):
     if holds_run and not goes_on and not given.get("eval_only"):
         raise FileExistsError(HOLDS_RUN.format(out=out))
     if not (holds_run and goes_on):
-        recipe = RECIPES.get(given.get("preset"), {})
-        return (flags_of(TrainConfig, recipe) if given.get("init_from") else recipe) | given, False
+        return recipe(given) | given, False
     saved = saved_flags(out)
     fixed = {f.name for f in fields(ZayaConfig)} | {"preset", "init_from"}
     own = TrainConfig(**flags_of(TrainConfig, saved))
@@ -1266,9 +1285,11 @@ def main():
         for name in ("micro_batch_size", "compile"):  # what follows from this machine need not do for the next
             record["flags"][name] = given.get(name)
         restore(out, log, record)
+        passes = config.steps * config.batch_size * config.block_size / len(training.ids)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(training.ids) / 1e6:.1f}M "
-            f"tokens of {config.data} ({tokenizer.name}); {ranks.world} x {device}, {config.dtype}"
+            f"tokens of {config.data} ({tokenizer.name}), {passes:.2g} passes over them; "
+            f"{ranks.world} x {device}, {config.dtype}"
         )
         flops = training_flops(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)

@@ -2197,6 +2197,10 @@ def cost_table():
         raise ValueError(f"--preset {flags.preset} is none of {', '.join(PRESETS)}")
     if not all(0 < x < math.inf for x in (flags.context, flags.gpu_hour, flags.peak_tflops, flags.mfu)):
         raise ValueError("--context, --gpu_hour, --peak_tflops and --mfu must be positive")
+    if flags.mfu > 1:
+        raise ValueError(f"--mfu is a share, 0.35 say, and at most 1, not {flags.mfu}")
+    if flags.preset is not None and flags.checkpoint is not None:
+        raise ValueError("--preset or --checkpoint, not both")
     configs = {name: config for name, config in PRESETS.items() if flags.preset in (None, name)}
     if flags.checkpoint is not None:
         path = find_checkpoint(flags.checkpoint)

@@ -72,7 +72,7 @@ class Tokenizer:
         config = {"name": self.name, "tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
         if self.eot is not None:
-            config["eos_token"] = EOT
+            config["bos_token"] = config["eos_token"] = EOT
         spec = to_json(e._pat_str, e._mergeable_ranks, e._special_tokens)
         write_files(folder, {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(),
                              "tokenizer_config.json": json.dumps(config, indent=1).encode()})

@@ -241,7 +241,8 @@ def main():
     equal_tokens = [tokens for tokens, _ in trials.values()]
     for row, tokens in zip(rows, equal_tokens):  # the runs' own times are of a machine that did other things as well
         tokens.ms_a_step = times[row] * equal_tokens[0].ms_a_step
-    train.draw_together(equal_tokens, picture)
+    change = RUN["steps"] // 2 * RUN["batch_size"] * RUN["block_size"] if args.table == "switch" else None
+    train.draw_together(equal_tokens, picture, change)
     print(f"picture: {picture}")
 
 

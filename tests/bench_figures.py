@@ -105,7 +105,7 @@ def scales(args):
     if not model.config.residual_scaling:
         raise ValueError(f"the model of {args.checkpoint} has no residual scaling")
     merges = [getattr(layer, f"post_{part}_residual_scale") for layer in model.layers for part in ("attention", "mlp")]
-    depth = np.arange(len(merges)) / 2 + 0.5
+    depth = np.arange(len(merges)) / 2
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharex=True)
     for axis, kind_of, neutral in zip(axes, ("scale", "bias"), (1, 0)):
         for name, label in (("residual", "of the stream"), ("hidden_states", "of what is added")):
@@ -115,7 +115,10 @@ def scales(args):
             axis.fill_between(depth, low, high, alpha=0.2)
             print(f"{name}_{kind_of}: " + " ".join(f"{value:.3f}" for value in middle))
         axis.axhline(neutral, color="gray", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="layer (half: after its attention)", title=f"residual scaling: {kind_of}")
+        axis.set(
+            xlabel="layer (half: after its experts)",
+            title=f"residual scaling: {kind_of}",
+        )
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     save(figure, args.out / "scales.png")

@@ -277,6 +277,8 @@ def test_sample_names_a_file_that_is_missing_or_damaged(file, finished, call, tm
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"mfu": 0}, "--mfu"),
         ({"mfu": "nan"}, "--mfu"),
+        ({"mfu": 35}, "--mfu"),
+        ({"preset": "nano", "checkpoint": "out"}, "not both"),
         ({"context": "long"}, "long"),
     ],
     ids=str,

@@ -79,7 +79,7 @@ def test_saved_tokenizer_is_the_same_everywhere(kind, tmp_path):
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(again) is Tokenizer
     assert (again.name, again.n_vocab, again.eot) == (kind, ours.n_vocab, ours.eot) and len(auto) == ours.n_vocab
-    assert auto.eos_token_id == ours.eot
+    assert auto.eos_token_id == auto.bos_token_id == ours.eot
     for name, sample in SAMPLES.items():
         ids = ours.encode(sample)
         assert ids == again.encode(sample)

@@ -7,7 +7,7 @@ import sys
 from functools import cache
 
 import pytest
-from conftest import ROOT, command
+from conftest import ENVIRONMENT, ROOT, command
 
 from zaya import PRESETS
 
@@ -71,6 +71,23 @@ def test_the_project_speaks_of_itself_alone():
     assert len(files) > 15
     machine = re.compile(r"/(?:root|home|work|tmp)/\w")  # a path of somebody's machine
     assert [path.name for path in files if machine.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    "line, printed",
+    [
+        ("bench_generate.py --preset nano --contexts 16,32 --new 4", r"^MHA's cache.* [\d,.]+ +[\d,.]+$"),
+        ("bench_train.py --preset nano --micro_batch_size 2 --tokens 768 --steps 1", r"^dense twin .* tokens/s"),
+    ],
+    ids=["generate", "train"],
+)
+def test_benchmarks_for_a_gpu_run_on_a_cpu(line, printed, monkeypatch):
+    """Small: that they run at all."""
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "")
+    script, *words = line.split()
+    done = command(f"tests/{script}", *words)
+    assert done.returncode == 0 and re.search(printed, done.stdout, re.MULTILINE), done.stderr
 
 
 def test_the_tables_of_ablations_are_what_their_logs_say():

@@ -12,6 +12,7 @@ from conftest import command, flags
 
 import sample
 import train
+import zaya
 from data.tokenizer import load_tokenizer
 from zaya import PRESETS, Zaya, load_safetensors
 
@@ -231,6 +232,21 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
         column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[12:])
         assert re.sub(r"\s", "", alone) in re.sub(r"\s", "", column)
     assert all(2 < float(bits) < 12 for bits in table["bits a byte of --text"])
+
+
+@pytest.mark.parametrize("other, decoders", [("sparse", 2), ("dense", 0)])
+def test_compare_lets_both_decode_the_same_way(finished, tiny, call, monkeypatch, tmp_path, other, decoders):
+    """By Decoder, which takes ZAYA1s alone, or by the general step."""
+    made = []
+    monkeypatch.setattr(zaya, "Decoder", lambda model, cache, make=zaya.Decoder: made.append(1) or make(model, cache))
+    out = finished.out
+    if other == "dense":
+        out = tmp_path / "dense"
+        assert call(train, *flags(**tiny | {"steps": 1}, mlp="dense", out=out)).status == 0
+        made.clear()
+    done = call(sample, "--compare", finished.out, out, "--device", "cpu", "--max_new_tokens", 3, "--prompt", "3")
+    assert done.status == 0 and len(made) == decoders
+    assert ("short cuts" in done.stdout) == (other == "dense")
 
 
 def test_bits_a_byte_are_those_of_the_loss(finished):

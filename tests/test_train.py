@@ -496,6 +496,14 @@ def test_init_from_takes_a_presets_recipe_but_not_its_model(finished, tiny_data,
     assert Zaya.from_pretrained(tmp_path).config.rope_theta == Zaya.from_pretrained(finished.out).config.rope_theta
 
 
+@pytest.mark.parametrize("width, lr", [(256, None), (512, 4e-3), (768, 4e-3), (2048, 6e-4), (4096, 6e-4)])
+def test_a_model_to_tune_has_the_learning_rate_of_its_width(width, lr, tmp_path):
+    config = zaya.config_to_json(replace(PRESETS["nano"], hidden_size=width), "float32")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.recipe({"init_from": tmp_path}) == ({"lr": lr} if lr else {})
+    assert train.recipe({"init_from": tmp_path, "preset": "small"})["lr"] == train.RECIPES["small"]["lr"]
+
+
 def test_dense_and_conventional_twins_train_too(tiny, call, tmp_path):
     for name, twin in {"dense": {"mlp": "dense"}, "plain": {"attention": "gqa", "mlp": "dense"}}.items():
         done = call(train, *flags(**tiny | {"steps": 3}, **twin, out=tmp_path / name))
@@ -1058,14 +1066,17 @@ def test_memory_of_activations_is_as_planned(kernels, dtype, T, within, recomput
 
 def test_zaya1_8b_fits_eight_gpus():
     """In bf16, one sequence of 4,096 tokens a forward pass, or the recipe's eight, on 192 GB each."""
-    plans, sequences = [], train.sequences_at_once(train.RECIPES["zaya1-8b"]["batch_size"] // 8, 4096)
-    with redirect_stdout(io.StringIO()) as said, torch.device("meta"):
+    made = []
+    with torch.device("meta"):
         for rank in range(8):
             model = Zaya(PRESETS["zaya1-8b"])
             ranks = SimpleNamespace(rank=rank, world=8, first=rank == 0, device=torch.device("meta"))
-            optimizer = Optimizer(model, TrainConfig(), torch.bfloat16, ranks)
-            plans.append(train.memory_plan(model, optimizer, 1, 4096))
-            for plan in (plans[-1], train.memory_plan(model, optimizer, sequences, 4096)):
+            made.append((model, Optimizer(model, TrainConfig(), torch.bfloat16, ranks), ranks))
+    with redirect_stdout(io.StringIO()) as said:
+        for sequences in (1, train.sequences_at_once(train.RECIPES["zaya1-8b"]["batch_size"] // 8, 4096)):
+            print(f"GB, with sequences of 4,096 tokens a forward pass: {sequences}")
+            plans = [train.memory_plan(model, optimizer, sequences, 4096) for model, optimizer, _ in made]
+            for plan, (*_, ranks) in zip(plans, made):
                 train.say_memory(plan, ranks)
                 assert sum(plan.values()) < 192e9
     assert sum(plan["optimizer"] for plan in plans) >= 8 * 8.3e9  # masters and momenta, each somewhere
