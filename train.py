@@ -43,8 +43,8 @@ from tqdm import tqdm
 from data.tokenizer import load_tokenizer, sha256, write_aside
 from zaya import (
     KERNELS, LOGITS_AT_ONCE, PRESETS, MixtureOfExperts, Zaya, ZayaConfig, checkpoints_in, choose_device,
-    find_checkpoint, first_whole, has_bf16, literal, load_safetensors, newest_first, official_names, parse_flags,
-    pyplot, read_config, read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
+    find_checkpoint, first_whole, free_memory, has_bf16, literal, load_safetensors, newest_first, official_names,
+    parse_flags, pyplot, read_config, read_json, save_safetensors, stop_in_one_line, training_flops, warn_once, watts,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
@@ -756,13 +756,6 @@ class Saver:
         """Raise what went wrong in the last save, if it is written already; wait: until it is."""
         if self.last and (wait or self.last.done()):
             self.last.result()
-
-
-def free_memory():
-    """Bytes of a host's memory that are to be had, the disk's cache included; 0 where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return 1024 * int(found[1]) if found else 0
 
 
 def record_sha256(record):

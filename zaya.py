@@ -765,7 +765,11 @@ class Zaya(nn.Module):
         stored = {name.removeprefix("model."): kind for e, _ in headers.values() for name, (kind, *_) in e.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
-        model.cast(dtype or stored.get("embed_tokens.weight", torch.float32)).to_empty(device=device)
+        model.cast(dtype or stored.get("embed_tokens.weight", torch.float32))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if torch.device(device).type == "cpu" and 0 < free_memory() < size:
+            warn_once(f"{path} takes {size / 1e9:.3g} GB in {model.head.dtype}, {free_memory() / 1e9:.3g} GB are free")
+        model.to_empty(device=device)
         for router in model.routers:
             router.counts.zero_()  # no checkpoint holds it
         model.load_official(headers)
@@ -2132,6 +2136,13 @@ def watts(device):
         return None
     in_watts = torch.version.hip and power < 10_000  # as AMD's is up to PyTorch 2.15; others are milliwatts
     return (power if in_watts else power / 1000) or None
+
+
+def free_memory():
+    """Bytes of a host's memory that are to be had, the disk's cache included; 0 where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def token_costs(config, context):

@@ -98,6 +98,14 @@ def test_a_checkpoint_saved_in_the_legacy_form_writes_the_same_text(finished, ca
     assert into_the_run.status == 2 and "is not empty" in into_the_run.stderr
 
 
+@pytest.mark.parametrize("free, warns", [(1000, True), (10**9, False), (0, False)])
+def test_a_model_larger_than_the_free_memory_is_named_before_it_is_read(finished, monkeypatch, capsys, free, warns):
+    """0: where nobody knows. (What ends such a process says nothing.)"""
+    monkeypatch.setattr(zaya, "free_memory", lambda: free)
+    Zaya.from_pretrained(finished.out)
+    assert ("GB in torch.float32" in capsys.readouterr().err) == warns
+
+
 def test_graph_0_leaves_the_graph_out(finished):
     for graph in (True, False):
         assert sample.Writer(finished.out, sample.SampleConfig(device="cpu", graph=graph)).model.graph == graph
