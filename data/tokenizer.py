@@ -114,7 +114,8 @@ class ForeignTokenizer:
     def encode(self, text):
         """str -> list of ids. ValueError where the vocabulary has no token for what it does not know."""
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            # (Of a batch, though of one: in half the time, for it leaves out where in the text each token stood.)
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:
             raise ValueError(f"{self.folder}/tokenizer.json: {error}") from None
 
