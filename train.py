@@ -183,6 +183,7 @@ class Ranks:
                 self.store = store  # torchrun's own, the same before and after a crash
             # After a crash torchrun starts all ranks again: the last try's addresses must not count.
             self.meeting = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.meet()
             backend, own = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
             dist.init_process_group(
                 backend, store=self.meeting, rank=self.rank, world_size=self.world, device_id=own,
@@ -192,6 +193,19 @@ class Ranks:
                 # Its threads, left alone, may abort the exit. They end with the last reference to the group, which must
                 # not be DistributedDataParallel's: that would wait for them with Python's lock, and they for the lock.
                 atexit.register(dist.destroy_process_group)  # when main's variables are gone
+
+    def meet(self):
+        """Wait for all ranks, ten minutes at most: one that was refused, on another node, never comes."""
+        self.meeting.set(f"rank {self.rank}", "")
+        start, told = time.monotonic(), not self.first
+        while missing := [rank for rank in range(self.world) if not self.meeting.check([f"rank {rank}"])]:
+            waited, who = time.monotonic() - start, f"rank {self.rank} waits for {', '.join(map(str, missing))}"
+            if waited > 600:
+                raise ConnectionError(f"{who} in vain; its own node may have said why")
+            if waited > 60 and not told:
+                print(f"{who}; its own node may have said why", flush=True)
+                told = True
+            time.sleep(0.1)
 
     def sum(self, tensor):
         """tensor, summed over all ranks, in place."""
@@ -1120,12 +1134,31 @@ def note_data(record, folder, training, config, ranks):
         record |= {"best": None, "best_of": best_of}
     if record["best"] is not None and not config.eval_only:
         try:
-            check(best if best.exists() else best.with_name(".best.old"))  # where replace_folder may have left it
+            old = best.with_name(".best.old")  # where replace_folder may have left it
+            check(old if old.exists() and not best.exists() else best)
         except (ValueError, OSError) as error:
             record["best"] = None
             ranks.first and warn_once(
                 f"{best} is not whole ({error}); the next evaluation's checkpoint takes its place"
             )
+
+
+def refuse_disagreement(record, training, config, model, ranks):
+    """Raises ValueError unless all ranks, on several nodes say, are about to train the same."""
+    paths = dict.fromkeys(("out", "data", "init_from"))  # which a node may know by another name
+    parts = {
+        "checkpoint": [record["step"], record["best"]],
+        "flags": [asdict(config) | paths, asdict(model.config)],
+        "data": [record["best_of"], len(training.ids), training.ids[:: len(training.ids) // 1000 + 1].tolist()],
+        "code": [torch.__version__, *(sha256(path) for path in sorted(ROOT.glob("*.py")))],
+    }  # a number of 48 bits for each
+    own = [int(hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12], 16) for part in parts.values()]
+    sums = ranks.sum(torch.tensor(own, device=ranks.device)).tolist()
+    if others := [name for name, mine, total in zip(parts, own, sums) if total != ranks.world * mine]:
+        raise ValueError(
+            f"not all ranks have the {' and the '.join(others)} of rank {ranks.rank}: all nodes must be given the same "
+            "flags, and see one and the same folder"
+        )
 
 
 def resolve_defaults(config, model, ranks):
@@ -1241,11 +1274,10 @@ def main():
     tokenizer = load_tokenizer(folder)
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
     model, record = starting_point(checkpoint, config, given, folder, meta, tokenizer.eot)
-    if ranks.sum(torch.tensor(record["step"], device=device)) != ranks.world * record["step"]:
-        raise ValueError(f"the ranks found different checkpoints in {out}: all nodes must see one and the same folder")
     resolve_defaults(config, model, ranks)
     training, validation = (Tokens(folder, name, config.block_size, config.seed, meta) for name in ("train", "val"))
     note_data(record, folder, training, config, ranks)
+    refuse_disagreement(record, training, config, model, ranks)
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
@@ -1495,7 +1527,12 @@ def run():
                 main()
             except RuntimeError as error:
                 if "gloo/transport" in str(error):
-                    raise ConnectionError(f"rank {os.environ['RANK']} has lost another, which has ended") from None
+                    what = "has lost another, which has ended"
+                    if "connectFullMesh" in str(error) or "connecting" in str(error):
+                        what = "cannot reach another: GLOO_SOCKET_IFNAME must name the network's interface"
+                    elif "imed out" in str(error):
+                        what = "has waited half an hour for another, which does not answer"
+                    raise ConnectionError(f"rank {os.environ['RANK']} {what}") from None
                 if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):  # the ranks have not come together
                     raise ConnectionError(str(error).splitlines()[0]) from None
                 raise

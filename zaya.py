@@ -2101,7 +2101,8 @@ def stop_in_one_line():
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("allocate|overflow", str(error)):
             raise  # a bug; too little memory, on whatever device, is none
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}", file=sys.stderr)
+        line = f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}\n"
+        print(line, end="", file=sys.stderr)  # in one piece, for other ranks may print, too
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

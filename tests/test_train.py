@@ -951,12 +951,55 @@ print("without ddp:", names())
     assert "gloo" in after_ddp and "gloo" not in at_the_end
 
 
+def start_ranks(*commands):
+    """A process for each rank, as torchrun would start them -> Popens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(command, env=ENVIRONMENT | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank, command in enumerate(commands)
+    ]
+
+
+@pytest.mark.parametrize("differs", ["flags", "data", "checkpoint"])
+def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_path, differs):
+    own, other = (dict(tiny, out=tmp_path / "out") for _ in range(2))
+    if differs == "flags":
+        other["lr"] = 0.02
+    elif differs == "data":  # as many tokens, but others
+        other["data"] = shutil.copytree(tiny["data"], tmp_path / "data")
+        ids = np.fromfile(tmp_path / "data" / "train.bin", "<u2")
+        ids[::-1].tofile(tmp_path / "data" / "train.bin")
+    else:  # a folder for each, to the second of which only the last checkpoint was copied
+        for which, name in ((own, "one"), (other, "two")):
+            which |= {"out": shutil.copytree(finished.out, tmp_path / name), "resume": True, "steps": 8}
+        shutil.rmtree(tmp_path / "two" / "best")
+    ranks = start_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all(f"not all ranks have the {differs} of rank {rank}" in said[rank] for rank in (0, 1)), said
+
+
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}])
 def test_ranks_that_cannot_be(tiny, call, monkeypatch, tmp_path, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     done = call(train, *flags(**tiny, out=tmp_path / "out"))
     assert done.status == 2 and "is no rank of WORLD_SIZE 2" in done.lines[-1]
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch, capsys):
+    """After a minute, and after ten the others end."""
+    ranks, clock = object.__new__(train.Ranks), iter(range(0, 1000, 7))
+    ranks.rank, ranks.world, ranks.first = 0, 3, True
+    ranks.meeting = SimpleNamespace(set=lambda *entry: None, check=lambda keys: keys != ["rank 1"])
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    with pytest.raises(ConnectionError, match="rank 0 waits for 1 in vain"):
+        ranks.meet()
+    assert capsys.readouterr().out.count("rank 0 waits for 1;") == 1
+    assert 600 < next(clock) < 620
 
 
 def test_more_ranks_than_gpus(tiny, call, monkeypatch, tmp_path):
@@ -981,15 +1024,7 @@ if os.environ["RANK"] == "1":
     train.Muon.update = fail
 train.run()
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]
-    group = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(start, env=ENVIRONMENT | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(4)
-    ]
+    ranks = start_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 4)
     try:
         said = [rank.communicate(timeout=60)[1] for rank in ranks]
     finally:
