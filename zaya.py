@@ -767,8 +767,8 @@ class Zaya(nn.Module):
             model = cls(config, kernels)
         model.cast(dtype or stored.get("embed_tokens.weight", torch.float32))
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        if torch.device(device).type == "cpu" and 0 < free_memory() < size:
-            warn_once(f"{path} takes {size / 1e9:.3g} GB in {model.head.dtype}, {free_memory() / 1e9:.3g} GB are free")
+        if torch.device(device).type == "cpu" and 0 < (free := free_memory()) < size:
+            warn_once(f"{path} takes {size / 1e9:.3g} GB in {model.head.dtype}, {free / 1e9:.3g} GB are free")
         model.to_empty(device=device)
         for router in model.routers:
             router.counts.zero_()  # no checkpoint holds it

@@ -115,10 +115,7 @@ def scales(args):
             axis.fill_between(depth, low, high, alpha=0.2)
             print(f"{name}_{kind_of}: " + " ".join(f"{value:.3f}" for value in middle))
         axis.axhline(neutral, color="gray", linewidth=0.8, linestyle=":")
-        axis.set(
-            xlabel="layer (half: after its experts)",
-            title=f"residual scaling: {kind_of}",
-        )
+        axis.set(xlabel="layer (half: after its experts)", title=f"residual scaling: {kind_of}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     save(figure, args.out / "scales.png")

@@ -951,16 +951,22 @@ print("without ddp:", names())
     assert "gloo" in after_ddp and "gloo" not in at_the_end
 
 
-def start_ranks(*commands):
-    """A process for each rank, as torchrun would start them -> Popens."""
+def run_ranks(*commands):
+    """A process for each rank, as torchrun would start them -> their statuses, and what they said on stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
+    ranks = [
         subprocess.Popen(command, env=ENVIRONMENT | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank, command in enumerate(commands)
     ]
+    try:
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], said
 
 
 @pytest.mark.parametrize("differs", ["flags", "data", "checkpoint"])
@@ -976,9 +982,8 @@ def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_pat
         for which, name in ((own, "one"), (other, "two")):
             which |= {"out": shutil.copytree(finished.out, tmp_path / name), "resume": True, "steps": 8}
         shutil.rmtree(tmp_path / "two" / "best")
-    ranks = start_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
+    statuses, said = run_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
+    assert statuses == [2, 2], said
     assert all(f"not all ranks have the {differs} of rank {rank}" in said[rank] for rank in (0, 1)), said
 
 
@@ -1024,13 +1029,8 @@ if os.environ["RANK"] == "1":
     train.Muon.update = fail
 train.run()
 """
-    ranks = start_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 4)
-    try:
-        said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [2, 2, 2, 2], said
+    statuses, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 4)
+    assert statuses == [2, 2, 2, 2], said
     assert "error: broken" in said[1]
     assert all(f"rank {rank} has lost another" in said[rank] for rank in (0, 2, 3))
 
