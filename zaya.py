@@ -762,7 +762,7 @@ class Zaya(nn.Module):
         path = find_checkpoint(path)
         config = read_config(path)
         headers = {file: safetensors_header(file) for file in weight_files(path)}
-        stored = {name.removeprefix("model."): kind for e, _ in headers.values() for name, (kind, *_) in e.items()}
+        stored = {name.removeprefix("model."): kind for h in headers.values() for name, (kind, *_) in h.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
         model.cast(dtype or stored.get("embed_tokens.weight", torch.float32))
@@ -781,27 +781,29 @@ class Zaya(nn.Module):
         place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown, of another shape, or
         not finite."""
         missing, native_names = official_names(self.state_dict()), {}
-        if any(".zaya_block." in name for entries, _ in headers.values() for name in entries):
+        if any(".zaya_block." in name for header in headers.values() for name in header):
             missing = one_by_one(missing)
             native_names = {legacy_name(name, self.config): name for name in missing}
-        for file, header in headers.items():
-            for name, shape, read in safetensors_tensors(file, *header):
-                place = native_names.get(name, name)
-                if f"model.{place}" in missing:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
-                    place = f"model.{place}"
-                if place == "lm_head.weight" and self.config.tie_word_embeddings:
-                    continue  # the embedding once more
-                if place not in missing:
-                    raise ValueError(f"{file} holds a tensor that this model does not have, {name}")
-                target = missing.pop(place)
-                if shape != list(target.shape):
-                    raise ValueError(f"{file}: {name} is {shape}, this model's is {list(target.shape)}")
-                read(target)
-                # Unlike isfinite of the whole, the two extremes take no memory.
-                if target.numel() and not torch.stack(target.aminmax()).isfinite().all():
-                    raise ValueError(f"{file}: {name} holds numbers that are not finite")
+        for path, header in headers.items():
+            with open(path, "rb") as file:
+                for name, (dtype, shape, start, _) in header.items():
+                    place = native_names.get(name, name)
+                    if f"model.{place}" in missing:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
+                        place = f"model.{place}"
+                    if place == "lm_head.weight" and self.config.tie_word_embeddings:
+                        continue  # the embedding once more
+                    if place not in missing:
+                        raise ValueError(f"{path} holds a tensor that this model does not have, {name}")
+                    target = missing.pop(place)
+                    if shape != list(target.shape):
+                        raise ValueError(f"{path}: {name} is {shape}, this model's is {list(target.shape)}")
+                    file.seek(start)
+                    read_tensor(file, dtype, target)
+                    # Unlike isfinite of the whole, the two extremes take no memory.
+                    if target.numel() and not torch.stack(target.aminmax()).isfinite().all():
+                        raise ValueError(f"{path}: {name} holds numbers that are not finite")
         if missing:
-            raise ValueError(f"{file.parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
+            raise ValueError(f"{path.parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
 
     @property
     def routers(self):
@@ -1970,58 +1972,52 @@ def save_safetensors(path, tensors):
 
 
 def safetensors_header(path):
-    """({name: (dtype, shape, start, stop)}, where the numbers begin). Raises ValueError if the file is not whole."""
+    """{name: (dtype, shape, where in the file its numbers start, and stop)}. Raises ValueError if it is not whole."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            start = file.read(8)
-            if start == b"version ":
+            first = file.read(8)
+            if first == b"version ":
                 raise ValueError("this is Git LFS's pointer to it; git lfs pull brings the file itself")
-            (length,) = struct.unpack("<Q", start)
+            (length,) = struct.unpack("<Q", first)
             header = json.loads(file.read(min(length, size)))
             header.pop("__metadata__", None)
-            entries = {name: (DTYPES[e["dtype"]], list(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-            end = 8 + length + max((stop for *_, stop in entries.values()), default=0)
-            for dtype, shape, start, stop in entries.values():
+            begin = end = 8 + length
+            for name, e in header.items():
+                dtype, shape, (start, stop) = DTYPES[e["dtype"]], list(e["shape"]), e["data_offsets"]
                 if start < 0 or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
                     raise ValueError("a tensor's shape and place disagree")
+                header[name], end = (dtype, shape, begin + start, begin + stop), max(end, begin + stop)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError,
                 RecursionError) as error:  # fmt: skip
             raise ValueError(f"{path} is damaged, or holds what is not known here: {error!r}") from None
         if size != end:
             raise ValueError(f"{path} is damaged: it has {size} bytes, its header speaks of {end}")
-    return entries, 8 + length
+    return header
 
 
 def load_safetensors(path):
     """{name: tensor} of a safetensors file, mapped and not read: only what is touched takes memory."""
-    entries, begin = safetensors_header(path)
+    header = safetensors_header(path)
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
+    for name, (dtype, shape, start, stop) in header.items():
         if stop > start:
-            raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=begin + start)
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=start)
             tensors[name] = raw.view(dtype).view(shape)
         else:  # which frombuffer refuses
             tensors[name] = torch.empty(shape, dtype=dtype)
     return tensors
 
 
-def safetensors_tensors(path, entries, begin):
-    """Yield (name, shape, a function that reads it into a tensor of any dtype on any device). The header is given."""
-    with open(path, "rb") as file:
-        for name, (dtype, shape, start, _) in entries.items():
-
-            def read(target, dtype=dtype, shape=shape, start=start):
-                file.seek(begin + start)
-                straight = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
-                tensor = target if straight else torch.empty(shape, dtype=dtype)
-                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
-                if not straight:
-                    target.copy_(tensor)
-
-            yield name, shape, read
+def read_tensor(file, dtype, target):
+    """Read the numbers that come next in a file, of this dtype, into a tensor of any dtype on any device."""
+    straight = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+    numbers = target if straight else torch.empty(target.shape, dtype=dtype)
+    file.readinto(numbers.view(-1).view(torch.uint8).numpy())
+    if not straight:
+        target.copy_(numbers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
