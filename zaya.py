@@ -259,10 +259,10 @@ def attend(q, k, v, window=None):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_in_blocks(q, k, v, window)
     T, S = q.shape[1], k.shape[1]
+    window = window or S
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # Without a mask, is_causal aligns the first query with the first key, which is wrong where S > T.
-    windowed = window is not None and window < S
-    mask = visible(S - T, 0, S, window, q.device) if windowed or T not in (1, S) else None
+    mask = visible(S - T, 0, S, window, q.device) if window < S or T not in (1, S) else None
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The fused kernel that takes a mask, or on ROCm fp32, does not know grouped heads: one key head a query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -276,7 +276,7 @@ def visible(first_query, first_key, end, window, device):
     """Queries and keys, each from its first to end - 1 -> (queries, keys) bool: a query sees its own position and
     earlier ones, `window` in all."""
     ago = torch.arange(first_query, end, device=device)[:, None] - torch.arange(first_key, end, device=device)
-    return ago >= 0 if window is None else (ago >= 0) & (ago < window)
+    return (ago >= 0) & (ago < window)
 
 
 def decodes(x, cache):
@@ -1169,7 +1169,7 @@ def attend_in_blocks(q, k, v, window, size=128):
     Without a gradient scores are fp32. With one they are bf16: the larger the temperatures, the coarser.
     """
     (B, T, Hq, h), S, Hk = q.shape, k.shape[1], k.shape[2]
-    group, cached = Hq // Hk, S - T
+    group, cached, window = Hq // Hk, S - T, window or S
     q = q.view(B, T, Hk, group, h).permute(0, 2, 3, 1, 4).reshape(B * Hk, group, T, h)
     k, v = k.transpose(1, 2).reshape(B * Hk, S, h), v.transpose(1, 2).reshape(B * Hk, S, h)
     if not torch.is_grad_enabled():
@@ -1177,7 +1177,7 @@ def attend_in_blocks(q, k, v, window, size=128):
     out = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        first, stop = max(0, cached + start + 1 - (window or S)), cached + end  # the keys that some query sees
+        first, stop = max(0, cached + start + 1 - window), cached + end  # the keys that some query sees
         seen = visible(cached + start, first, stop, window, q.device)
         bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")).repeat(group, 1)
         queries = q[:, :, start:end].reshape(B * Hk, -1, h)
