@@ -622,8 +622,8 @@ class Zaya(nn.Module):
         stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
-        normed, router_state = self.layers[0].input_layernorm(stream), None
-        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        first_norm, *next_norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        normed, router_state = first_norm(stream), None
         caches = cache.layers if cache else [None] * len(self.layers)
         for layer, kind, layer_cache, next_norm in zip(self.layers, config.layer_types, caches, next_norms):
             stream, normed, router_state = layer(stream, normed, router_state, rotary[kind], layer_cache, next_norm)
@@ -1491,14 +1491,13 @@ class Decoder:
         self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
         self.bias = model.input_hidden_states_bias * self.scale
         self.unit_vectors = torch.eye(config.head_dim)
-        norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm)]
-        self.first_norm, *norms = norms
-        parts = zip(model.layers, cache.layers, norms, config.layer_types)
+        first_norm, *next_norms = [layer.input_layernorm for layer in model.layers] + [model.norm]
+        self.first_norm = DecoderNorm(first_norm)
+        parts = zip(model.layers, cache.layers, next_norms, config.layer_types)
         self.layers = [DecoderLayer(config, *part) for part in parts]
 
-    @torch.inference_mode()
     def step(self, tokens):
-        """tokens (B) -> what the LM head sees (B, D)."""
+        """tokens (B) -> what the LM head sees (B, D). For where no gradient is wanted, as next_tokens is."""
         position = self.cache.length
         self.cache.length += 1
         stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
@@ -1560,8 +1559,7 @@ class DecoderLayer:
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
         self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.parts = H * h, self.Hk * h - cache.late, cache.late
-        norm = DecoderNorm(block.post_attention_layernorm)
-        self.after_attention = self.merging(block.post_attention_residual_scale, norm)
+        self.after_attention = self.merging(block.post_attention_residual_scale, block.post_attention_layernorm)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
         mlp, root = gate.router_mlp, math.sqrt(0.5)
         self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
@@ -1574,8 +1572,8 @@ class DecoderLayer:
 
     @staticmethod
     def merging(scale, norm):
-        bias = scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale
-        return bias, scale.residual_scale, scale.hidden_states_scale, norm
+        s_r, b_r, s_o, b_o = scale.vectors
+        return b_r * s_r + b_o * s_o, s_r, s_o, DecoderNorm(norm)
 
     @staticmethod
     def merge(stream, out, bias, s_r, s_o, norm):
