@@ -886,9 +886,8 @@ class Cache:
         self.nothing = torch.zeros(model.config.hidden_size, device=device)  # for hidden_of_one
         sizes = [(len(model.layers), batch_size, *shape) for shape in LayerCache.shapes(model.config, max_len)]
         buffers = [torch.zeros(size, device=device, dtype=dtype) for size in sizes]  # one call for all layers
-        of_layers = zip(*(buffer.unbind() for buffer in buffers))
-        # To autograd (.data) each is a tensor of its own, which may be written to.
-        self.layers = [LayerCache(model.config, *(b.data for b in of_layer), self.end) for of_layer in of_layers]
+        # To autograd (.data) each layer's is a tensor of its own, which may be written to.
+        self.layers = [LayerCache(model.config, *(part.data for part in parts), self.end) for parts in zip(*buffers)]
         for layer, block in zip(self.layers, model.layers):
             layer.projection = block.self_attn.qkv_proj.projection().detach()
 
