@@ -1721,17 +1721,17 @@ def config_from_json(values):
         raise ValueError("config.json speaks of quantized weights, which are not known here")
     if ("moe_router_topk" in values or "zaya_layers" in values) and "router_hidden_size" not in values:
         return legacy_config(values)  # (Other programs write both forms' names; then the native ones count.)
+    names = {field.name for field in fields(ZayaConfig)} - set(IN_ROPE_PARAMETERS)
+    known = (ZAYA1 if values["model_type"] == "zaya" else {}) | {name: values[name] for name in names & values.keys()}
     # As in transformers, rope_scaling goes before rope_parameters, and a rope_theta beside them does not count.
-    names = [f.name for f in fields(ZayaConfig) if f.name not in IN_ROPE_PARAMETERS]
-    said = {name: values[name] for name in names if name in values}
-    known = (ZAYA1 if values["model_type"] == "zaya" else {}) | said
     ropes = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if ropes and not ropes.keys() & {"hybrid", "hybrid_sliding"}:
         raise ValueError("config.json has one RoPE for all types of layer, not an entry for each, as ZAYA1's have")
     for layer_type, name in (("hybrid", "rope_theta"), ("hybrid_sliding", "sliding_rope_theta")):
         rope = ropes.get(layer_type) or {}
         refuse_scaled(rope)
-        known |= {name: rope["rope_theta"]} if "rope_theta" in rope else {}
+        if "rope_theta" in rope:
+            known[name] = rope["rope_theta"]
         if rope and layer_type in (values.get("layer_types") or ["hybrid"]):
             factor = rope.get("partial_rotary_factor", 1.0)  # as in transformers, where an entry does not say
             if known.setdefault("partial_rotary_factor", factor) != factor:
@@ -1883,7 +1883,7 @@ def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
