@@ -233,9 +233,9 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
     cos, sin   (T, 1, rotary_dim / 2)
     Returns q (B, T, Hq, h), k and v (B, T, Hk, h), in qkv's dtype.
     """
-    (B, T, _), C, h, Hk, late = qkv.shape, past.shape[2], grouped[0].shape[1], len(temp), v_before.shape[2]
-    H = C // h
-    Hq = H - Hk
+    B, T, _ = qkv.shape
+    C, h, Hk, late = past.shape[2], grouped[0].shape[1], len(temp), v_before.shape[2]  # late: channels of v_delayed
+    H, Hq = C // h, C // h - Hk
     qk, v_current, v_delayed = qkv.split([C, Hk * h - late, late], dim=-1)
     # The text is padded once, before both convolutions, not before each: so at position -1 the second one sees what the
     # first makes of zeros, its bias, and not 0.
@@ -568,8 +568,8 @@ class Zaya(nn.Module):
         super().__init__()
         use_kernels(kernels)
         self.config, self.kernels = config, kernels
-        # Of text: whether a ZAYA1's new token takes a short cut (Decoder, hidden_of_one), and whether a GPU's is a step
-        # that is recorded and replayed (captured).
+        # How text is generated: shortcuts lets Decoder and hidden_of_one take the place of hidden_states, graph lets a
+        # GPU record a step and replay it (captured). To compare without, set them to False.
         self.shortcuts = self.graph = True
         D, L = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
@@ -821,9 +821,9 @@ class Zaya(nn.Module):
 
 
 class LayerCache:
-    """What one layer remembers of the past: all keys and values; and the last rows of qkv, for CCA's convolutions and
-    value shift. Position t's is row t % size of `recent`, which has one row more than cca looks at, for captured()
-    tries a step and takes it back."""
+    """What one layer remembers of the past: all keys and values; and, in `recent`, the last few tokens' qkv, for CCA's
+    convolutions and value shift. `recent` is a ring: the token at position t has row t % size. It has one row more than
+    cca looks at, so that a step which captured() tries and takes back overwrites nothing that is still needed."""
 
     def __init__(self, config, k, v, recent, end):
         self.k, self.v, self.recent, self.end = k, v, recent, end
@@ -1874,8 +1874,10 @@ def one_by_one(tensors):
     """{official name: tensor} with each expert's matrix for itself, its number behind the name in brackets."""
     alone = {}
     for name, tensor in tensors.items():
-        stacked = ".experts." in name
-        alone |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(tensor)} if stacked else {name: tensor}
+        if ".experts." in name:
+            alone |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(tensor)}
+        else:
+            alone[name] = tensor
     return alone
 
 
@@ -1898,7 +1900,8 @@ def checkpoints_in(run):
 
 def newest_first(run):
     """A run directory's checkpoints in the order in which to try them: from the newest on, and last of all the best."""
-    return checkpoints_in(run)[::-1] + [best for best in [Path(run) / "best"] if best.is_dir()]
+    best = Path(run) / "best"
+    return checkpoints_in(run)[::-1] + ([best] if best.is_dir() else [])
 
 
 def first_whole(checkpoints, check, say=True):
@@ -1911,7 +1914,8 @@ def first_whole(checkpoints, check, say=True):
             return checkpoint
         except (ValueError, OSError) as error:
             damage = damage or error
-            after and say and warn_once(f"{error}; trying {after}")
+            if after and say:
+                warn_once(f"{error}; trying {after}")
     raise ValueError(f"no checkpoint of {checkpoints[0].parent} is whole; the newest: {damage}")
 
 
