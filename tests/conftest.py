@@ -49,7 +49,8 @@ def command(script, *args, input=None, ranks=None, **options):
     """Run a script of the repository as a user would, on one core -> CompletedProcess with text output."""
     start = [sys.executable]
     if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        # (localhost, for not every laptop finds itself by its own name.)
+        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc_per_node={ranks}"]
     return subprocess.run(
         [*start, ROOT / script, *map(str, args)],
         input=input, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,6 +176,7 @@ def test_damaged_weights_to_start_from_are_named(tiny, finished, call, tmp_path)
     assert_refused(done, start / "model.safetensors", "damaged")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Mac has no /dev/full")
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     log = open(tmp_path / "log.jsonl", "w", buffering=1)

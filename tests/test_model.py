@@ -332,10 +332,10 @@ def test_loss_holds_no_table_of_logits():
         zaya.LinearCrossEntropy.apply(hidden, weight, torch.arange(1024), True).backward()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    kilobytes = int(
+    grown = int(
         subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True).stdout
     )
-    assert kilobytes * 1024 < 1e9
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 1e9  # a Mac counts bytes, Linux kilobytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

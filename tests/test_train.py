@@ -793,11 +793,12 @@ def test_torchruns_restart_resumes_by_itself(finished, tiny, call, tmp_path, mon
     assert_same_run(tmp_path / "new", finished.out)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc")
 def test_torchrun_starts_a_killed_rank_again_but_no_refused_run(tiny, tmp_path):
     """Both come back with TORCHELASTIC_RESTART_COUNT in the environment; only what was killed had begun its run."""
     out, plan = tmp_path / "out", tiny | {"steps": 60, "save_every": 5, "eval_every": 60}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    start = [*torchrun, ROOT / "train.py", *flags(**plan, out=out)]
+    torchrun = "-m torch.distributed.run --standalone --local-addr=localhost --nproc_per_node=2 --max-restarts=1"
+    start = [sys.executable, *torchrun.split(), ROOT / "train.py", *flags(**plan, out=out)]
     launcher = subprocess.Popen(start, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log, ranks = out / "log.jsonl", Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     while launcher.poll() is None and (not log.exists() or log.read_text().count("\n") < 12):
@@ -883,7 +884,7 @@ def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path
     done = command("train.py", *flags(**tiny, keep=9, out=out), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("a sample:") == 1  # only the first rank speaks
-    assert "Warning" not in done.stderr, done.stderr
+    assert not re.search(r"\wWarning", done.stderr), done.stderr  # a FutureWarning, say
     assert re.search(r"the slowest is rank [01]: \d+\.\d ms for a forward and backward pass", done.stdout)
     assert call(train, *flags(**tiny, micro_batch_size=2, out=tmp_path / "one")).status == 0
     assert_near(out, tmp_path / "one", 1e-5)
