@@ -229,17 +229,20 @@ class Ranks:
 
 
 def faster_dtype(ranks):
-    """bfloat16 on a GPU that has it; on a CPU whichever multiplies faster, by the first rank's clock: native bf16 has 2
-    to 4 times fp32's rate."""
-    if ranks.device.type != "cpu":
-        return "bfloat16" if has_bf16(ranks.device.type) else "float32"
+    """bfloat16 on a GPU that has it; on a CPU whichever multiplies faster: native bf16 has 2 to 4 times fp32's rate. As
+    the first rank has it, for all."""
 
     def seconds(dtype):
         a = torch.randn(1024, 256).to(dtype)
         return min(timeit.repeat(lambda: a @ a.t(), repeat=5, number=1))
 
-    faster = ranks.first and 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
-    return "bfloat16" if ranks.sum(torch.tensor(float(faster))) else "float32"
+    def bf16_is_faster():
+        if ranks.device.type != "cpu":
+            return has_bf16(ranks.device.type)
+        return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+    faster = torch.tensor(float(ranks.first and bf16_is_faster()), device=ranks.device)
+    return "bfloat16" if ranks.sum(faster) else "float32"
 
 
 def tune_memory():
@@ -1175,7 +1178,6 @@ def resolve_defaults(config, model, ranks):
         raise ValueError(
             f"--micro_batch_size {config.micro_batch_size} does not divide a rank's {share} sequences; none: what does"
         )
-    config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype
     config.compile = ranks.device.type == "cuda" if config.compile is None else config.compile
 
 
@@ -1280,6 +1282,7 @@ def main():
     training, validation = (Tokens(folder, name, config.block_size, config.seed, meta) for name in ("train", "val"))
     note_data(record, folder, training, config, ranks)
     refuse_disagreement(record, training, config, model, ranks)
+    config.dtype = faster_dtype(ranks) if config.dtype == "auto" else config.dtype  # all ask, or none
     model.to(device)
     model.kernels = config.kernels
     if config.recompute:
