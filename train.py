@@ -1151,8 +1151,10 @@ def refuse_disagreement(record, training, config, model, ranks):
     if ranks.world == 1:
         return
     paths = dict.fromkeys(("out", "data", "init_from"))  # which a node may know by another name
+    # A number of each tensor to be tuned. (Fresh ones another CPU may round differently.)
+    start = [p.flatten()[0].item() for p in model.parameters()] if config.init_from else None
     parts = {
-        "checkpoint": [record["step"], record["best"]],
+        "checkpoint": [record["step"], record["best"], start],
         "flags": [asdict(config) | paths, asdict(model.config)],
         "data": [record["best_of"], len(training.ids), training.ids[:: len(training.ids) // 1000 + 1].tolist()],
         "code": [torch.__version__, *(sha256(path) for path in sorted(ROOT.glob("*.py")))],

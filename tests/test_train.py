@@ -970,7 +970,7 @@ def run_ranks(*commands):
     return [rank.returncode for rank in ranks], said
 
 
-@pytest.mark.parametrize("differs", ["flags", "dtype", "data", "checkpoint"])
+@pytest.mark.parametrize("differs", ["flags", "dtype", "data", "init_from", "checkpoint"])
 def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_path, differs):
     own, other = (dict(tiny, out=tmp_path / "out") for _ in range(2))
     if differs == "flags":
@@ -981,6 +981,11 @@ def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_pat
         other["data"] = shutil.copytree(tiny["data"], tmp_path / "data")
         ids = np.fromfile(tmp_path / "data" / "train.bin", "<u2")
         ids[::-1].tofile(tmp_path / "data" / "train.bin")
+    elif differs == "init_from":  # a run of the same shape
+        for which, step in ((own, 4), (other, 6)):
+            which |= {"init_from": finished.out / f"step-{step:07d}"}
+            [which.pop(name) for name in SHAPE if name != "block_size"]
+        differs = "checkpoint"
     else:  # a folder for each, to the second of which only the last checkpoint was copied
         for which, name in ((own, "one"), (other, "two")):
             which |= {"out": shutil.copytree(finished.out, tmp_path / name), "resume": True, "steps": 8}
