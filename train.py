@@ -1331,7 +1331,9 @@ def main():
     spent = dict.fromkeys(("data", "evaluation", "checkpoints"), 0.0)  # seconds
     load_every = max(1, config.steps // 200)  # how often the log holds every expert's load
     saver = Saver(out, optimizer, tokenizer, config.keep, ranks)
-    batches = prefetched(micro_batches(training, step, record["sequences"], config, ranks))
+    batches = micro_batches(training, step, record["sequences"], config, ranks)
+    if device.type != "mps":  # which two threads crash: PyTorch's issue 197805
+        batches = prefetched(batches)
     quiet = not ranks.first or sys.stderr is None
     with tqdm(total=config.steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True) as bar:
         while step < config.steps:
