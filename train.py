@@ -196,7 +196,7 @@ class Ranks:
 
     def meet(self):
         """Wait for all ranks, ten minutes at most: one that was refused, on another node, never comes."""
-        self.meeting.set(f"rank {self.rank}", "")
+        self.meeting.set(f"rank {self.rank}", self.device.type)
         start, told = time.monotonic(), not self.first
         while missing := [rank for rank in range(self.world) if not self.meeting.check([f"rank {rank}"])]:
             waited, who = time.monotonic() - start, f"rank {self.rank} waits for {', '.join(map(str, missing))}"
@@ -206,6 +206,9 @@ class Ranks:
                 print(f"{who}; its own node may have said why", flush=True)
                 told = True
             time.sleep(0.1)
+        kinds = [self.meeting.get(f"rank {rank}").decode() for rank in range(self.world)]
+        if others := [rank for rank in range(self.world) if kinds[rank] != self.device.type]:  # a GPU is out of order
+            raise ValueError(f"rank {self.rank} is on {self.device.type}, rank {others[0]} on {kinds[others[0]]}")
 
     def sum(self, tensor):
         """tensor, summed over all ranks, in place."""

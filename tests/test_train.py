@@ -1006,13 +1006,26 @@ def test_ranks_that_cannot_be(tiny, call, monkeypatch, tmp_path, environment):
 def test_a_rank_that_does_not_come_is_named(monkeypatch, capsys):
     """After a minute, and after ten the others end."""
     ranks, clock = object.__new__(train.Ranks), iter(range(0, 1000, 7))
-    ranks.rank, ranks.world, ranks.first = 0, 3, True
+    ranks.rank, ranks.world, ranks.first, ranks.device = 0, 3, True, torch.device("cpu")
     ranks.meeting = SimpleNamespace(set=lambda *entry: None, check=lambda keys: keys != ["rank 1"])
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
     with pytest.raises(ConnectionError, match="rank 0 waits for 1 in vain"):
         ranks.meet()
     assert capsys.readouterr().out.count("rank 0 waits for 1;") == 1
     assert 600 < next(clock) < 620
+
+
+def test_a_rank_without_the_others_gpu_is_named():
+    """One on a CPU and others on GPUs would wait for each other in two groups, for half an hour."""
+    ranks = object.__new__(train.Ranks)
+    ranks.rank, ranks.world, ranks.first, ranks.device = 0, 3, True, torch.device("cpu")
+    ranks.meeting = dist.HashStore()
+    for rank, device in ((1, "cpu"), (2, "cuda")):
+        ranks.meeting.set(f"rank {rank}", device)
+    with pytest.raises(ValueError, match="rank 0 is on cpu, rank 2 on cuda"):
+        ranks.meet()
+    ranks.meeting.set("rank 2", "cpu")
+    ranks.meet()
 
 
 def test_more_ranks_than_gpus(tiny, call, monkeypatch, tmp_path):
