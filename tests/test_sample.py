@@ -201,6 +201,11 @@ def test_experts_are_those_that_wrote_the_text(finished):
     assert choice.equal(chosen[1]) and torch.allclose(p, probability[1])
 
 
+def test_each_of_zaya1s_experts_has_a_colour_of_its_own(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert len({sample.in_color("", expert) for expert in range(17)}) == 17  # with skip
+
+
 @pytest.mark.parametrize("plain", [False, True], ids=["colours", "NO_COLOR"])
 def test_show_experts_prints_the_text_a_legend_and_draws(write, tmp_path, monkeypatch, plain):
     monkeypatch.chdir(tmp_path)
