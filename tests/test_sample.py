@@ -106,9 +106,11 @@ def test_a_model_larger_than_the_free_memory_is_named_before_it_is_read(finished
     assert ("GB in torch.float32" in capsys.readouterr().err) == warns
 
 
-def test_graph_0_leaves_the_graph_out(finished):
-    for graph in (True, False):
-        assert sample.Writer(finished.out, sample.SampleConfig(device="cpu", graph=graph)).model.graph == graph
+def test_flags_reach_the_model(finished):
+    for graph, kernels, dtype in (True, "auto", "float32"), (False, "eager", "bfloat16"):
+        config = sample.SampleConfig(device="cpu", graph=graph, kernels=kernels, dtype=dtype)
+        model = sample.Writer(finished.out, config).model
+        assert (model.graph, model.kernels, model.head.dtype) == (graph, kernels, getattr(torch, dtype))
 
 
 def test_a_prompt_longer_than_the_context_says_so_and_writes_on(write):
@@ -172,15 +174,47 @@ def test_a_text_ends_where_the_model_ends_it(write, finished, monkeypatch):
     assert write("--prompt", "3 ", "--num_samples", 2).stdout == "--- 1\n3 ok\n--- 2\n3 x\n"
 
 
-def test_bytes_read_for_a_token():
-    """By hand for one token: every weight but the idle experts', once; and the keys and values of the text so far."""
-    config = replace(PRESETS["nano"], vocab_size=100, num_hidden_layers=2)
-    model, flags = Zaya(config), sample.SampleConfig(device="cpu")
-    speed = sample.Speed(model, flags, prompt_tokens=10)
-    speed.kept = [1] * 20
-    idle = 15 * 2 * 3 * 256 * 256  # 15 of 16 experts, 2 layers, 3 matrices
-    cached = 20 * 2 * 2 * 1 * 32  # half-way: 20 positions, keys and values, 2 layers, one head of 32
-    assert speed.bytes_a_step() == 4 * (sum(p.numel() for p in model.parameters()) - idle + cached)
+@pytest.mark.parametrize(
+    "texts, changes, idle, unread, positions",
+    [
+        (1, {}, 15 / 16, 0, 20),  # positions: half-way through the new ones
+        (3, {}, (15 / 16) ** 3, 0, 20),
+        (1, {"max_position_embeddings": 12, "tie_word_embeddings": False}, 15 / 16, 100 * 256, 12),  # the embedding
+        (1, {"mlp": "dense"}, 0, 0, 20),
+    ],
+    ids=["a text", "several", "untied, with a short context", "dense"],
+)
+def test_bytes_read_for_a_token(texts, changes, idle, unread, positions):
+    """By hand for one step: every weight but the idle experts', once; and keys and values of the texts so far."""
+    model = Zaya(replace(PRESETS["nano"], vocab_size=100, num_hidden_layers=2, **changes))
+    speed = sample.Speed(model, sample.SampleConfig(device="cpu", num_samples=texts), prompt_tokens=10)
+    speed.kept = [texts] * 20
+    read = sum(p.numel() for p in model.parameters()) - unread - idle * 16 * 2 * 3 * 256 * 256  # 2 layers, 3 matrices
+    cached = texts * positions * 2 * 2 * 1 * 32  # keys and values, 2 layers, one head of 32
+    assert speed.bytes_a_step() == pytest.approx(4 * (read + cached), rel=1e-9)
+
+
+def test_speed_is_that_of_decoding(monkeypatch):
+    """By a clock of our own: the first tokens are the prompt's, and before the second ones decoding is made ready."""
+    monkeypatch.setattr(sample, "watts", lambda device: 2.0)
+    monkeypatch.setattr(sample, "read_bandwidth", lambda device: 4e9)
+    monkeypatch.setattr(sample.Speed, "bytes_a_step", lambda self: 1e9)
+    speed = sample.Speed(SimpleNamespace(routers=[1]), sample.SampleConfig(device="cpu", num_samples=2), 10)
+    speed.times, speed.kept = [0.0, 3.0, 8.0, 8.5, 9.0], [2, 2, 2, 1]
+    assert speed.report() == (
+        "10 prompt tokens, the first new one after 3000 ms; 7 new ones at 3.0 tokens/s, 2 GB/s read, 50% of the 4 GB/s "
+        "to be had (if all experts are equally busy), 1.5 tokens a joule; cpu, float32"
+    )
+    speed.times, speed.kept = speed.times[:3], [2, 2]
+    assert "4 new ones at 0.5 tokens/s, 0.25 tokens a joule; cpu" in speed.report()
+
+
+def test_bandwidth_is_all_that_was_read_over_its_time(monkeypatch):
+    read = []
+    vector = SimpleNamespace(numel=lambda: 100, element_size=lambda: 4, sum=lambda: read.append(400) or torch.tensor(0))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: vector)
+    monkeypatch.setattr(sample.timeit, "repeat", lambda statement, **_: [9.0, statement() + 2.0])
+    assert sample.read_bandwidth("cpu") == sum(read) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +233,10 @@ def test_experts_are_those_that_wrote_the_text(finished):
     handle.remove()
     p, choice, _ = model.layers[1].mlp.gate(*x[0])
     assert choice.equal(chosen[1]) and torch.allclose(p, probability[1])
+    long = list(range(20))  # the context is 16 tokens
+    pieces = [sample.choices(model, piece)[0] for piece in (long[:16], long[16:])]
+    assert sample.choices(model, long)[0].equal(torch.cat(pieces, dim=1))
+    assert not any(router._forward_hooks for router in model.routers)
 
 
 def test_each_of_zaya1s_experts_has_a_colour_of_its_own(monkeypatch):
@@ -219,6 +257,20 @@ def test_show_experts_prints_the_text_a_legend_and_draws(write, tmp_path, monkey
     assert sum(counts) == 20
 
 
+def test_experts_are_shown_of_the_new_tokens_in_the_layer_asked_for(finished, monkeypatch, capsys):
+    writer, drawn = sample.Writer(finished.out, sample.SampleConfig(device="cpu")), []
+    chosen = torch.tensor([[0, 1, 2, 3, 0], [1, 1, 0, 2, 4]])
+    monkeypatch.setattr(sample, "choices", lambda model, ids: (chosen, chosen / 10))
+    monkeypatch.setattr(
+        sample, "draw_experts", lambda pieces, chosen, probability, *_: drawn.extend([chosen, probability])
+    )
+    monkeypatch.setenv("NO_COLOR", "1")
+    sample.show_experts(writer, [256, 97], [98, 98, 100], 1)
+    first, _, _, *legend = capsys.readouterr().out.splitlines()
+    assert first == "b[0]b[2]d[4]" and [line.split()[-1] for line in legend[:3]] == ["'b'", "'b'", "'d'"]
+    assert drawn[0].equal(chosen[:, 2:]) and drawn[1].equal(chosen[:, 2:] / 10)
+
+
 def test_show_experts_of_a_layer_that_is_not_there(write):
     done = write("--show_experts", 9)
     assert done.status == 2 and len(done.lines) == 1
@@ -234,13 +286,18 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
     assert call(train, *flags(**tiny, mlp="dense", out=dense)).status == 0
     text.write_text("3 times 3 is 9 – and so on;\n" * 20, encoding="utf-8")
     args = ("--device", "cpu", "--prompt", "3 times", "--max_new_tokens", 20, "--temperature", 0)
-    done = call(sample, "--compare", finished.out, dense, "--text", text, *args)
+    done = call(sample, "--compare", finished.out, dense, "--text", text, "--gpu_hour", 3600, *args)
     assert done.status == 0, done.stderr
     table = {line.split("  ")[0].strip(): line.split()[-2:] for line in done.stdout.splitlines() if "  " in line}
     for i, out in enumerate((finished.out, dense)):
         model = Zaya.from_pretrained(out)
         total, active = model.parameter_counts()
         assert table["parameters"][i] == f"{total:,}" and table["active a token"][i] == f"{active:,}"
+        _, _, flops, kv_bytes = zaya.token_costs(model.config, len("3 times") + 1 + 20)
+        assert table["MFLOP a token"][i] == f"{flops / 1e6:,.1f}"
+        assert table["KV-cache bytes a token, bf16"][i] == f"{kv_bytes:,}"
+        rate, dollars = (table[name][i].replace(",", "") for name in ("tokens/s", "$ a million tokens ($3600 an hour)"))
+        assert float(dollars) == pytest.approx(1e6 / float(rate), rel=0.01)
         alone = call(sample, "--checkpoint", out, *args).stdout
         column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[12:])
         assert re.sub(r"\s", "", alone) in re.sub(r"\s", "", column)
@@ -262,14 +319,17 @@ def test_compare_lets_both_decode_the_same_way(finished, tiny, call, monkeypatch
     assert ("short cuts" in done.stdout) == (other == "dense")
 
 
-def test_bits_a_byte_are_those_of_the_loss(finished):
-    """A text of one block, after its bos: the loss times the tokens foretold, over their bytes."""
+@pytest.mark.parametrize("text", ["3 times 3 is 9", "3 times 3 is 9 – and so on;\n" * 2], ids=["a block", "several"])
+@torch.no_grad()
+def test_bits_a_byte_are_those_of_the_loss(finished, text):
+    """Token by token after the bos, each with what stands before it in its block of 16."""
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
-    text = "3 times 3 is 9"
-    tokens = torch.tensor([writer.ids(text)])
-    assert tokens[0, 0] == writer.tokenizer.eot
-    loss = writer.model(tokens[:, :-1], tokens[:, 1:])[1].item()
-    assert sample.bits_a_byte(writer, text) == pytest.approx(loss / math.log(2), rel=1e-5)  # a byte a token
+    ids, bits = writer.ids(text), 0.0
+    assert ids[0] == writer.tokenizer.eot
+    for i, token in enumerate(ids[1:]):
+        logits = writer.model(torch.tensor([ids[i - i % 16 : i + 1]]))[0]
+        bits -= logits[0, -1].log_softmax(dim=-1)[token].item() / math.log(2)
+    assert sample.bits_a_byte(writer, text) == pytest.approx(bits / len(text.encode()), rel=1e-5)
 
 
 def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
@@ -289,9 +349,12 @@ def test_a_text_begins_with_one_bos(finished):
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
     writer.model.config = replace(writer.model.config, bos_token_id=9)
     writer.tokenizer = SimpleNamespace(encode=lambda text: [5, 6], turns=lambda question: ([8, 5, 6], 7))
-    assert writer.ids("") == [9, 5, 6]
+    assert writer.ids("") == [9, 5, 6] and 7 not in writer.ends
     writer.config.chat = True
-    assert writer.ids("") == [8, 5, 6]
+    assert writer.ids("") == [8, 5, 6] and 7 in writer.ends  # the end of a turn
+    writer.tokenizer.turns = lambda question: ([5, 257], None)
+    with pytest.raises(ValueError, match="the token id 257, the model knows 257"):
+        writer.ids("")
 
 
 def test_a_character_belongs_to_the_token_that_completes_it():
