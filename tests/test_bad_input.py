@@ -13,7 +13,7 @@ from conftest import command, flags, what_was_learned
 import sample
 import train
 import zaya
-from zaya import load_safetensors, read_json, save_safetensors
+from zaya import Zaya, load_safetensors, read_json, save_safetensors
 
 TABLE = SimpleNamespace(__file__=zaya.__file__, main=zaya.cost_table)  # `python zaya.py`
 
@@ -289,6 +289,25 @@ def test_the_table_refuses(wrong, named, call):
     assert_refused(call(TABLE, *flags(**wrong)), named)
 
 
+def test_the_table_of_a_checkpoint(finished, call):
+    done = call(TABLE, "--checkpoint", finished.out)
+    total, active = Zaya.from_pretrained(finished.out).parameter_counts()
+    assert done.status == 0 and f"{total:,}" in done.stdout and f"{active:,}" in done.stdout
+
+
+def test_what_a_flag_may_look_like(monkeypatch):
+    words = "--layer_types None --micro_batch_size none --steps 1e3 --compile FALSE --recompute --plot a,b c".split()
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    given = zaya.parse_flags("", train.TrainConfig, zaya.ZayaConfig)
+    assert given == {
+        "layer_types": None,
+        "micro_batch_size": None,
+        "steps": 1000,
+        "compile": False,
+        "recompute": True,
+    } | {"plot": ["a", "b", "c"]}
+
+
 def test_too_little_memory_is_one_line_and_a_bug_is_none(call):
     def fail(error):
         raise error
@@ -298,6 +317,7 @@ def test_too_little_memory_is_one_line_and_a_bug_is_none(call):
         assert_refused(call(program), "9 TB")
     with pytest.raises(RuntimeError):
         call(SimpleNamespace(__file__="train.py", main=lambda: fail(RuntimeError("shapes differ"))))
+    assert call(SimpleNamespace(__file__="train.py", main=lambda: fail(KeyboardInterrupt()))).status == 130
 
 
 def test_a_command_of_its_own_does_the_same(tmp_path):

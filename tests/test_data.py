@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from data.fineweb import prepare as fineweb
 from data.shakespeare import prepare as shakespeare
 from data.stdlib import prepare as stdlib
 from data.text import prepare as own_text
-from data.tokenizer import EOT, ForeignTokenizer, Tokenizer, bpe_tokenizer, char_tokenizer, load_tokenizer
+from data.tokenizer import EOT, ForeignTokenizer, Tokenizer, bpe_tokenizer, char_tokenizer, load_tokenizer, sha256
 
 CORPUS = (ROOT / "data" / "tokenizer.py").read_text() + (ROOT / "data" / "dataset.py").read_text()
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -97,6 +98,7 @@ def test_eot_is_the_last_id():
     assert (make("bpe").n_vocab, make("bpe").eot) == (601, 600)
     assert make("chars").eot is None
     assert make("bpe").decode([600]) == EOT and 600 not in make("bpe").encode(EOT)
+    assert make("bytes").decode([104, 257, 105]) == "hi"  # what is no id adds nothing
 
 
 def test_half_a_character_decodes_to_a_mark():
@@ -114,6 +116,11 @@ def test_a_text_of_nothing_begins_with_a_line_break_or_the_first_id():
     assert char_tokenizer(["b\na"]).beginning() == [0]
     assert make("bytes").beginning() == [10]
     assert char_tokenizer(["GATTACA"]).beginning() == [0] and char_tokenizer(["\t\n"]).beginning() == [1]
+
+
+def test_sha256_is_that_of_the_whole_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * (2**25 + 1))  # two blocks that are read at a time, and one byte
+    assert sha256(tmp_path / "file") == hashlib.sha256(b"x" * (2**25 + 1)).hexdigest()
 
 
 def test_gpt2_without_network(monkeypatch, tmp_path, capsys):
@@ -285,6 +292,7 @@ def test_train_bpe_is_the_naive_one():
     assert bpe.train_bpe(texts, 450) == naive_bpe(texts, 450)
     assert bpe.train_bpe(texts[::-1], 450) == bpe.train_bpe(texts, 450)
     assert bpe.train_bpe(["aaa", "abab"], 1000) == naive_bpe(["aaa", "abab"], 1000)  # runs out of pairs
+    assert b"bb" in bpe.train_bpe(["a" * bpe.LONGEST + "b" * 3 * bpe.LONGEST], 257)  # a long chunk counts to its end
 
 
 def test_merges_recovered_from_the_ranks_are_the_training_s():
@@ -309,8 +317,8 @@ def folder(tmp_path):
     root = tmp_path / "texts"
     (root / "sub").mkdir(parents=True)
     for i in range(40):
-        (root / "sub" / f"{i}.txt").write_text(f"Text number {i}.\n" * (1 + i % 7), encoding="utf-8")
-    (root / "copy.txt").write_text("Text number 0.\n")
+        (root / "sub" / f"{i}.txt").write_text(f"Text number {i} – é.\n" * (1 + i % 7), encoding="utf-8")
+    (root / "copy.txt").write_text("Text number 0 – é.\n", encoding="utf-8")
     (root / "latin1.txt").write_bytes("Zürich".encode("latin-1"))
     (root / "nul.txt").write_bytes(b"a\0b")
     (root / "empty.txt").write_text(" \n")
@@ -324,6 +332,8 @@ def test_documents_are_text_and_distinct(folder, tmp_path):
     documents = dataset.read_documents(folder, tmp_path)
     assert len(documents) == len(set(documents)) == 40
     assert all(text.startswith("Text number") for text in documents)
+    assert dataset.read_documents(folder, tmp_path, skip={"sub"}) == ["Text number 0 – é.\n"]
+    assert len(dataset.read_documents(folder, tmp_path, "1*.txt")) == 11
 
 
 def test_split_is_by_document_and_knows_no_order(folder, tmp_path):
@@ -355,7 +365,7 @@ def test_dataset_of_a_folder(kind, folder, tmp_path, capsys):
     assert tokenizer.decode(tokens(out, "val").tolist()) == "".join(t + end for t in val)
     assert meta["dtype"] == "uint16" and meta["tokenizer"] == kind and meta["vocab_size"] == tokenizer.n_vocab
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(tokens(out, "train")), len(tokens(out, "val")))
-    assert meta["bytes_per_token"] == len("".join(val)) / len(tokens(out, "val"))
+    assert meta["bytes_per_token"] == len("".join(val).encode()) / len(tokens(out, "val"))
     files = {"train.bin", "val.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir(out)) == files
     left_out, made, *_ = capsys.readouterr().out.splitlines()
@@ -372,10 +382,11 @@ def test_dataset_inside_the_folder_it_comes_from(folder, capsys):
 
 
 def test_single_file_ends_with_its_validation_lines(tmp_path, capsys):
-    (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    """And chars knows what stands there alone."""
+    (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)) + "ß\n", encoding="utf-8")
     own_text.main([str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "chars"])
     val = load_tokenizer(tmp_path / "out").decode(tokens(tmp_path / "out", "val").tolist())
-    assert val.startswith("line 90\n") and val.endswith("line 99\n")
+    assert val.startswith("line 90\n") and val.endswith("line 99\nß\n")
 
 
 def test_a_checkpoint_s_tokenizer_and_uint32(folder, tmp_path, capsys):
@@ -388,6 +399,7 @@ def test_a_checkpoint_s_tokenizer_and_uint32(folder, tmp_path, capsys):
     assert (meta["dtype"], meta["vocab_size"], meta["tokenizer"]) == ("uint32", 65537, "wide")
     val = tokens(tmp_path / "out", "val")
     assert len(val) == meta["val_tokens"] and val[-1] == 65536
+    assert dataset.dtype_of(SimpleNamespace(n_vocab=65536)) == np.uint16
 
 
 def test_failure_while_writing_leaves_no_whole_looking_folder(folder, tmp_path, monkeypatch, capsys):
@@ -610,6 +622,7 @@ def hub(monkeypatch):
     for name, texts in shards.items():
         httpd.files[f"fineweb_{name}.bin"] = shard([i for text in texts for i in [gpt2.eot, *gpt2.encode(text)]])
     monkeypatch.setattr(fineweb, "WAITS", [0])
+    monkeypatch.setattr(fineweb, "PIECE", 3)
     monkeypatch.setattr(fineweb, "load_tokenizer", lambda name: gpt2 if name == "gpt2" else load_tokenizer(name))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield httpd
@@ -659,6 +672,7 @@ def test_fineweb_goes_on_and_adds(hub, tmp_path, capsys):
     with pytest.raises(SystemExit):
         prepare_fineweb(hub, tmp_path, "--shards", "2")
     assert "404" in capsys.readouterr().err and not (tmp_path / "meta.json").exists()
+    assert [path for path, _ in hub.asked].count("/main/fineweb_train_000002.bin") == 1  # again would be no use
     hub.files["fineweb_train_000002.bin"], hub.asked[:] = whole, []
     prepare_fineweb(hub, tmp_path, "--shards", "2")
     assert {path for path, _ in hub.asked} == {"/main/fineweb_train_000002.bin", "/storage/fineweb_train_000002.bin"}
@@ -689,7 +703,7 @@ def test_fineweb_damaged(damage, hub, tmp_path, capsys):
         hub.sha256 = {name: "0" * 64}
     else:
         shard = hub.files[name]
-        damaged = {"magic": b"\0" + shard[1:], "short": shard[:-2], "ids": shard[:-2] + b"\xff\xff"}
+        damaged = {"magic": b"\0" + shard[1:], "short": shard[:-2], "ids": shard[:-2] + b"\x51\xc4"}  # 50,257
         hub.files[name] = damaged[damage]
     with pytest.raises(SystemExit) as end:
         prepare_fineweb(hub, tmp_path, "--shards", "1")

@@ -294,6 +294,16 @@ def test_every_parameter_learns_from_the_first_step(twin):
             assert (parameter.grad.flatten(1).norm(dim=1) > 0).all(), name
 
 
+def test_fresh_weights_have_their_spread():
+    model = Zaya(replace(SMALL, hidden_size=128, router_hidden_size=64))
+    router, experts = model.layers[1].mlp.gate, model.layers[1].mlp.experts
+    spread = {model.embed_tokens.weight: 0.02, experts.gate_up_proj: 0.02, experts.down_proj: 0.02}
+    spread |= {router.down_proj.weight: 128**-0.5, router.router_mlp["fc1"].weight: 64**-0.5}
+    for weight, std in spread.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    assert not router.router_mlp["fc1"].bias.any() and router.balancing_biases.tolist() == [0, 0, 0, 0, -1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
@@ -754,6 +764,7 @@ BAD = [
     {"layer_types": ["hybrid_sliding"] * 3, "sliding_window": 0},
     {"attention": "mla"},
     {"mlp": "relu"},
+    {"cca_without": ["qk_mean"], "attention": "gqa"},
 ]
 
 
@@ -810,6 +821,24 @@ def test_the_device_is_a_macs_gpu_only_if_asked_for(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         assert zaya.choose_device("auto") == ("cuda" if gpu else "cpu")
     assert zaya.choose_device("mps") == "mps"
+
+
+def test_what_a_gpu_draws_is_in_watts(monkeypatch):
+    """AMD's library says watts, or as NVIDIA's milliwatts; 0 is no reading, and nor is an error."""
+    for hip, draw, watts in ((None, 500_000, 500), ("7.0", 500, 500), ("7.2", 500_000, 500), (None, 0, None)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "power_draw", lambda device, draw=draw: draw)
+        assert zaya.watts("cuda:0") == watts and zaya.watts("cpu") is None
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 1 / 0)
+    assert zaya.watts("cuda") is None
+
+
+def test_free_memory_is_in_bytes(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:   7 kB\n")
+    assert zaya.free_memory() == 7 * 1024
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert zaya.free_memory() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1134,7 +1163,8 @@ def test_a_zaya1_is_read_as_one_whatever_the_defaults_are(to_json, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 4}])
 def test_a_model_saved_in_the_legacy_form_is_the_same_again(changes, tmp_path):
-    model = random_model(tie_word_embeddings=False, eos_token_id=[3, 4], **changes)
+    numbers = dict(rms_norm_eps=1e-4, rope_theta=7e3, sliding_rope_theta=8e3, partial_rotary_factor=1.0)
+    model = random_model(tie_word_embeddings=False, eos_token_id=[3, 4], **numbers, **changes)
     model.save_pretrained(tmp_path, legacy=True)
     stored, (expected, _) = load_safetensors(tmp_path / "model.safetensors"), as_legacy(model)
     assert stored.keys() == expected.keys() and all(stored[name].equal(expected[name]) for name in expected)

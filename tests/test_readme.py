@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from conftest import ENVIRONMENT, ROOT, command
 
-from zaya import PRESETS
+from zaya import PRESETS, training_flops
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Lines of code blocks, with lines that end in a backslash joined.
@@ -59,6 +59,8 @@ def test_the_table_of_costs_is_what_the_command_prints():
     for name, *numbers in rows:
         line = re.search(rf"^{re.escape(name)} +(.*)$", printed, re.MULTILINE)[1].split()
         assert line[:4] == numbers, name
+        flops = 1e6 * training_flops(PRESETS[name], int(numbers[1].replace(",", "")), 4096)
+        assert line[4] == f"{flops / (0.35 * 1307e12) / 3600 * 2:.6f}", name  # dollars, at 2 an hour
     assert "8,840,488,784" in printed and "753,608,528" in printed
 
 

@@ -281,11 +281,13 @@ def test_show_experts_of_a_layer_that_is_not_there(write):
 # Two checkpoints side by side
 
 
-def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path):
+def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path, monkeypatch):
     text, dense = tmp_path / "text.txt", tmp_path / "dense"
     assert call(train, *flags(**tiny, mlp="dense", out=dense)).status == 0
     text.write_text("3 times 3 is 9 – and so on;\n" * 20, encoding="utf-8")
     args = ("--device", "cpu", "--prompt", "3 times", "--max_new_tokens", 20, "--temperature", 0)
+    costs = zaya.token_costs
+    monkeypatch.setattr(sample, "token_costs", lambda c, length: (*costs(c, 1)[:2], 1e6 * length, costs(c, 1)[3]))
     done = call(sample, "--compare", finished.out, dense, "--text", text, "--gpu_hour", 3600, *args)
     assert done.status == 0, done.stderr
     table = {line.split("  ")[0].strip(): line.split()[-2:] for line in done.stdout.splitlines() if "  " in line}
@@ -293,15 +295,18 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
         model = Zaya.from_pretrained(out)
         total, active = model.parameter_counts()
         assert table["parameters"][i] == f"{total:,}" and table["active a token"][i] == f"{active:,}"
-        _, _, flops, kv_bytes = zaya.token_costs(model.config, len("3 times") + 1 + 20)
-        assert table["MFLOP a token"][i] == f"{flops / 1e6:,.1f}"
-        assert table["KV-cache bytes a token, bf16"][i] == f"{kv_bytes:,}"
+        assert table["MFLOP a token"][i] == f"{len('3 times') + 1 + 20}.0"  # at the end of the text
+        assert table["KV-cache bytes a token, bf16"][i] == f"{costs(model.config, 1)[3]:,}"
         rate, dollars = (table[name][i].replace(",", "") for name in ("tokens/s", "$ a million tokens ($3600 an hour)"))
         assert float(dollars) == pytest.approx(1e6 / float(rate), rel=0.01)
         alone = call(sample, "--checkpoint", out, *args).stdout
         column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[12:])
         assert re.sub(r"\s", "", alone) in re.sub(r"\s", "", column)
     assert all(2 < float(bits) < 12 for bits in table["bits a byte of --text"])
+
+
+def test_folded_lines():
+    assert sample.folded("a\n\n\tbcd efg\n", 8) == ["a", "", "    bcd ", "efg", ""]
 
 
 @pytest.mark.parametrize("other, decoders", [("sparse", 2), ("dense", 0)])

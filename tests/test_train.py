@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, command, flags, log_of, what_was_learned
+from matplotlib.axes import Axes
 
 import data.text.prepare
 import train
@@ -150,6 +151,17 @@ def test_balancing_is_adamw_on_the_share_less_an_even_one():
         assert biases[:, -1].eq(-1).all()  # the skip entry
 
 
+def test_the_rate_of_balancing_falls_as_the_learning_rate_does():
+    config = TrainConfig(steps=10, warmup=4, lr=0.5, balance_lr=0.03)
+    optimizer, rates = Optimizer(tiny_model(), config, torch.float32, ALONE), []
+    optimizer.muon.step = optimizer.adamw.step = lambda lr: None
+    optimizer.balance.step = lambda lr, grads: rates.append(lr)
+    for step in range(10):
+        optimizer.step(step, torch.ones(2, 5))
+    assert rates[:5] == pytest.approx([0.03] * 5)  # no warm-up
+    assert rates[5:] == pytest.approx([0.06 * learning_rate(step, config) for step in range(5, 10)])
+
+
 def test_balancing_evens_out_a_forced_imbalance():
     model = tiny_model()
     with torch.no_grad():
@@ -251,6 +263,27 @@ def test_load_entropy_is_0_for_one_expert_and_1_for_all():
     assert load_entropy(torch.tensor([[1.0, 1], [2, 0]])) == pytest.approx(0.5)  # the mean over layers
 
 
+CHANGES = {"grad_clip": 1e-6, "weight_decay": 1, "momentum": 0.5, "balancing": "sign", "final_lr": 0.9}
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_a_flag_changes_what_is_learned(flag, finished, tiny, call, tmp_path):
+    assert call(train, *flags(**tiny | {flag: CHANGES[flag]}, out=tmp_path)).status == 0
+    (losses, ours), (_, theirs) = what_was_learned(tmp_path), what_was_learned(finished.out)
+    assert losses[6] < losses[1] and any(not ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("of", ["weights", "data"])
+def test_the_seed_is_that_of(of, finished, tiny, call, tmp_path):
+    """Untrained, on one validation text, only weights differ; from a checkpoint on, only the data."""
+    start = tiny | {"lr": 1e-30} if of == "weights" else RUN | {"data": tiny["data"], "init_from": finished.out}
+    for seed in (1, 2):
+        assert call(train, *flags(**start | {"steps": 1, "seed": seed}, out=tmp_path / f"{seed}")).status == 0
+    (one,), (two,) = log_of(tmp_path / "1"), log_of(tmp_path / "2")
+    what = "val_loss" if of == "weights" else "loss"
+    assert one[what] != two[what]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of the data
 
@@ -340,7 +373,7 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
     log = log_of(finished.out)
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     for entry in log:
-        assert {"loss", "lr", "grad_norm", "skipped", "tokens_per_s", "step_ms", "load_entropy"} <= entry.keys()
+        assert {"loss", "lr", "grad_norm", "skipped", "tokens_per_s", "step_ms", "load_entropy", "load"} <= entry.keys()
         assert ("val_loss" in entry) == ("val_bpb" in entry) == (entry["step"] in (3, 6))
         assert entry["skipped"] == 0 and 0 <= entry["load_entropy"] <= 1
     assert log[0]["lr"] == 0.005 and log[1]["lr"] == 0.01
@@ -361,6 +394,19 @@ def test_bits_per_byte_is_the_loss_in_another_unit(finished, tiny_data):
     for entry in log_of(finished.out):
         if "val_loss" in entry:
             assert entry["val_bpb"] == pytest.approx(entry["val_loss"] / math.log(2) / bytes_per_token)
+
+
+def test_the_log_is_that_of_the_model(finished, tiny_data):
+    """An evaluation again, with the last checkpoint; and the operations of a step."""
+    model, last, text = Zaya.from_pretrained(finished.out), log_of(finished.out)[-1], tokens_of(tiny_data, split="val")
+    with torch.no_grad():
+        loss = model(*text.batch(text.validation_starts(2 * 16), CPU))[1]
+    counts = torch.stack([router.counts for router in model.routers])
+    assert last["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert last["val_load_entropy"] == pytest.approx(load_entropy(counts[:, :4]), abs=1e-4)  # skip is no expert
+    assert [len(of_layer) for of_layer in last["load"]] == [4, 4]
+    flops = zaya.training_flops(model.config, model.parameter_counts()[1], 16)
+    assert 1e12 * last["tflops"] == pytest.approx(flops * last["tokens_per_s"])
 
 
 def test_every_checkpoint_is_whole(finished):
@@ -404,6 +450,7 @@ def test_only_the_newest_checkpoints_are_kept_and_the_best(tiny, call, tmp_path)
     done = call(train, *flags(**tiny | {"steps": 5, "save_every": 1, "keep": 2}, out=tmp_path))
     assert done.status == 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["best", "step-0000004", "step-0000005"]
+    assert "val_loss" in log_of(tmp_path)[-1]  # the last step is evaluated, too
 
 
 def test_a_best_checkpoint_that_was_being_replaced_comes_back(finished, call, tmp_path):
@@ -443,6 +490,47 @@ def test_a_run_may_be_moved_and_have_other_files_in_it(finished, call, tmp_path)
     assert folders == ["best", "step-0000002-good2", "step-0000005"]  # the damaged one beyond it is gone, too
     assert (out / ".notes.old").read_text() == "mine" and read_json(out / "args.json")["out"] == str(out)
     assert log_of(finished.out)[-1]["step"] == 6
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """Files and their folder before, the folder around them after; and what was there is kept until then."""
+    events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda path, to: events.append(f"{path.name} {to.name}") or rename(path, to))
+    new, final = tmp_path / "new", tmp_path / "final"
+    for folder in (new, final):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    train.replace_folder(new, final)
+    synced = [path.stat().st_ino for path in (final / "file", final, tmp_path)]
+    assert events == [*synced[:2], "final .final.old", "new final", synced[2]]
+    assert (final / "file").read_text() == "new" and [*tmp_path.iterdir()] == [final]
+    with train.write_aside(final / "file") as file:
+        file.write(b"newer")
+    assert events[-1] == (final / "file").stat().st_ino and (final / "file").read_text() == "newer"
+
+
+@pytest.mark.parametrize("free", [0, 10**15])
+def test_where_memory_is_scarce_a_save_is_waited_for(free, finished, tiny, call, tmp_path, monkeypatch):
+    threads, write = set(), train.Saver.write
+    monkeypatch.setattr(train, "free_memory", lambda: free)
+    monkeypatch.setattr(train.Saver, "write", lambda *args: threads.add(threading.current_thread()) or write(*args))
+    assert call(train, *flags(**tiny, keep=9, out=tmp_path)).status == 0
+    assert (threading.main_thread() in threads) == (not free) and len(threads) == 1
+    assert_same_run(tmp_path, finished.out)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tiny, call, tmp_path, monkeypatch):
+    def save(path, tensors, save=train.save_safetensors):
+        if "step-0000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path, tensors)
+
+    monkeypatch.setattr(train, "save_safetensors", save)
+    done = call(train, *flags(**tiny, out=tmp_path))
+    last = f"could not save step 4: No space left on device; {tmp_path}/step-0000003 is the last good checkpoint"
+    assert done.status == 2 and done.lines[-1].endswith(last)
+    assert Zaya.from_pretrained(tmp_path / "step-0000003") and not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_save_in_the_background_ends_the_run(tiny, call, tmp_path, monkeypatch):
@@ -566,6 +654,12 @@ def test_data_may_be_moved(tiny, finished, call, tmp_path, monkeypatch):
     assert before["best"] == after["best"] and before["best_of"] == after["best_of"]
 
 
+def test_what_is_written_down_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given, _ = train.resolve_flags({"out": "new", "init_from": "run", "preset": "nano"})
+    assert given["init_from"] == str(tmp_path / "run")
+
+
 def test_a_small_log(tiny, call, tmp_path):
     """--log_every 4, evaluations at 3 and 6."""
     assert call(train, *flags(**tiny, out=tmp_path, log_every=4)).status == 0
@@ -587,6 +681,52 @@ def test_a_log_with_gaps(tmp_path, capsys):
     assert (tmp_path / "loss.png").stat().st_size > 1000
     train.report_speed(tmp_path, 0, dict.fromkeys(("data", "evaluation", "checkpoints"), 0.0))
     assert "3 TFLOP a joule" in capsys.readouterr().out
+
+
+def test_speed_in_the_log(monkeypatch):
+    monkeypatch.setattr(train, "rates", lambda device, dtype: (8e12, 16e12))
+    monkeypatch.setattr(train, "watts", lambda device: 500.0)
+    speed = train.Speed(2e9, CPU, "float32")  # operations a token
+    said = {"tokens_per_s": 2000, "step_ms": 500, "tflops": 4, "of_product": 0.25, "mfu": 0.5}
+    assert speed(1000, 0.5) == said | {"watts": 500} and speed(1000, 0.5) == said  # asked for power now and then
+
+
+def test_rates_of_a_device(monkeypatch):
+    monkeypatch.setattr(train.timeit, "repeat", lambda *_, **__: [0.5, 2.0])
+    assert train.rates(CPU, "float32") == (None, 2 * 1024**3 / 0.5)
+    names = list(train.PEAK_FLOPS)  # the first that is part of a device's name counts
+    assert not any(name in longer for i, name in enumerate(names) for longer in names[i + 1 :])
+
+
+def test_the_last_words_on_speed(tmp_path, capsys):
+    """Of this process's steps, 9 to 120, without the first tenth; and a picture of more than 100 steps."""
+    entries = [
+        {"step": step, "loss": 5.0, "tokens_per_s": 7 * step, "step_ms": step - 20 if step >= 20 else 1e6}
+        | {"tflops": 2.0, "of_product": 0.5, "mfu": 0.25}
+        for step in range(1, 121)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    spent = {"data": 1.0, "evaluation": 2.0, "checkpoints": 3.0}
+    with train.timed(spent, "data"):
+        pass
+    train.report_speed(tmp_path, 8, spent)
+    assert capsys.readouterr().out == (
+        "490 tokens/s, 2 TFLOP/s a device, MFU 25.0%, 50% of a large product's rate; a step took 50 ms (p50), "
+        "95 (p95), 100 (max), waiting for data 1.0 s of all; besides: evaluation 2.0 s, checkpoints 3.0 s\n"
+    )
+    train.plot(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_slowest_rank_is_named(capsys):
+    ms = {"forward_compute": 2, "backward_compute": 3, "backward_comm": 4, "backward_compute_comm_overlap": 1}
+    ddp = SimpleNamespace(_get_ddp_logging_data=lambda: {f"avg_{part}_time": 1e6 * time for part, time in ms.items()})
+    others = torch.tensor([[0, 0], [7.0, 2.0]])
+    ranks = SimpleNamespace(rank=0, world=2, first=True, device=CPU, sum=lambda own: own + others)
+    train.report_ranks(ddp, ranks)
+    assert capsys.readouterr().out.startswith(
+        "the slowest is rank 1: 7.0 ms for a forward and backward pass, the fastest takes 5.0; 2.0 ms of its comm"
+    )
 
 
 def test_plot_prints_mean_and_spread_and_draws(finished, tiny, call, tmp_path):
@@ -890,6 +1030,8 @@ def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path
     assert_near(out, tmp_path / "one", 1e-5)
     ours, theirs = log_of(out), log_of(tmp_path / "one")
     assert [entry.get("load") for entry in ours] == [entry.get("load") for entry in theirs]  # counted over both ranks
+    flops = [entry["tflops"] / entry["tokens_per_s"] for entry in (ours[0], theirs[0])]
+    assert flops[0] == pytest.approx(flops[1] / 2)  # a rank does half
 
     # Saved on two ranks, resumed on one.
     for checkpoint in ("step-0000004", "step-0000006"):
@@ -993,6 +1135,35 @@ def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_pat
     statuses, said = run_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
     assert statuses == [2, 2], said
     assert all(f"not all ranks have the {differs} of rank {rank}" in said[rank] for rank in (0, 1)), said
+
+
+def test_what_ranks_must_agree_on(tiny_data, monkeypatch):
+    """Also a model whose flags do not tell it, of --init_from, and the code."""
+    training, record, first = tokens_of(tiny_data), {"step": 0, "best": None, "best_of": None}, []
+    ranks = SimpleNamespace(rank=1, world=2, device=CPU, sum=lambda own: first.append(own) or 2 * own)
+    train.refuse_disagreement(record, training, TrainConfig(), tiny_model(), ranks)
+    ranks.sum = lambda own: own + first[0]
+    train.refuse_disagreement(record, training, TrainConfig(), tiny_model(seed=1), ranks)
+    with pytest.raises(ValueError, match="have the flags of rank 1"):
+        train.refuse_disagreement(record, training, TrainConfig(), tiny_model(rope_theta=7.0), ranks)
+    for owner, name, other in ((torch, "__version__", "1.0"), (train, "sha256", lambda path: path.name)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="have the code of rank 1"):
+            patch.setattr(owner, name, other)
+            train.refuse_disagreement(record, training, TrainConfig(), tiny_model(), ranks)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="--batch_size 4 cannot be shared evenly by 3 ranks"):
+        train.resolve_defaults(TrainConfig(batch_size=4), tiny_model(), SimpleNamespace(world=3, device=CPU))
+
+
+def test_how_to_go_on_after_a_stop(monkeypatch, capsys):
+    for run in ("python", "torchrun ..."):
+        train.farewell(None, None, TrainConfig(steps=9, out="my runs"), 3)
+        assert f"stopped after step 3, which is saved; go on with: {run} train.py --out 'my runs' --resume" in (
+            capsys.readouterr().out
+        )
+        monkeypatch.setenv("RANK", "0")
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}])
@@ -1148,6 +1319,7 @@ def test_flops_of_a_token():
     assert zaya.training_flops(config, 753_608_528, 4096) == flops
     sliding = replace(config, layer_types=["hybrid", "hybrid_sliding"] * 20, sliding_window=512)
     assert zaya.training_flops(sliding, 753_608_528, 4096) == flops - attention * (1 - (512 - 512**2 / 8192) / 2048) / 2
+    assert zaya.positions_seen(sliding, 100) == 40 * 100 and zaya.positions_seen(sliding, 600) == 20 * (600 + 512)
     untied = replace(config, tie_word_embeddings=False)  # there the head is one of the active weights
     assert zaya.training_flops(untied, 753_608_528 + 262_272 * 2048, 4096) == flops
 
@@ -1191,7 +1363,7 @@ def test_training_goes_on_after_a_bad_loss(tiny, call, tmp_path, spoil):
     log = log_of(tmp_path)
     assert [entry["skipped"] for entry in log] == [0, 1, 1, *[2] * 9]
     assert log[-1]["loss"] < log[0]["loss"]
-    assert (tmp_path / "loss.png").exists()
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "step-0000010").exists()  # and it is saved as before
 
 
 def test_ten_bad_losses_in_a_row_stop_the_run(tiny, call, tmp_path, spoil):
@@ -1232,13 +1404,21 @@ def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
     assert done.status == 2 and len(done.lines) == 1 and "share no step" in done.stderr
 
 
-def test_runs_of_one_seed_are_no_group(finished, call, tmp_path):
+def test_runs_of_one_seed_are_no_group(finished, call, tmp_path, monkeypatch):
     """Their difference must be another: the code, say. Runs of two seeds are one row."""
     runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
     changed = read_json(runs[2] / "args.json") | {"seed": 7}
     (runs[2] / "args.json").write_text(json.dumps(changed))
+    for run in runs:
+        entries = [e | {"step_ms": 100 * e["step"], "tokens": 10_000 * e["tokens"]} for e in log_of(run)]
+        (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    ends, draw = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, *rest, **how: ends.append(max(x)) or draw(axis, x, *rest, **how))
     rows = call(train, "--plot", *runs, "--out", tmp_path / "plot").stdout.splitlines()[2:4]
-    assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [["out", "2"], ["out-mine", "1"]]
+    rows = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert [row[1:3] for row in rows] == [["out", "2"], ["out-mine", "1"]]
+    assert [row[4:6] for row in rows] == [["3.84", "350"]] * 2  # million tokens, milliseconds
+    assert ends[:3] == pytest.approx([3.84, 6 * 0.35, 3.84])  # of the curves: million tokens, seconds
 
 
 def test_a_window_without_a_layer_for_it(tiny, call, tmp_path):
@@ -1252,15 +1432,17 @@ def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
         file.write((data / "val.bin").read_bytes())
     done = call(train, "--out", out, "--resume", "--steps", 8, "--data", data)
     assert done.status == 0 and "other training tokens than at step 6" in done.stdout
+    assert "other training tokens" not in call(train, "--out", out, "--resume", "--steps", 9).stdout
 
 
-def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(finished, call, tmp_path):
+@pytest.mark.parametrize("other", [{"eval_batches": 1}, {"block_size": 32}], ids=str)
+def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(other, finished, call, tmp_path):
     """And so it takes the next evaluation's checkpoint, even if that is worse."""
     out = shutil.copytree(finished.out, tmp_path / "out")
     worse = {"resume": True, "steps": 9, "lr": 100.0, "warmup": 0}
     assert call(train, *flags(out=out, **worse)).status == 0
     assert read_json(out / "best" / "trainer.json")["step"] == 6
-    assert call(train, *flags(out=out, **worse | {"steps": 12}, eval_batches=1)).status == 0
+    assert call(train, *flags(out=out, **worse | {"steps": 12}, **other)).status == 0
     assert read_json(out / "best" / "trainer.json")["step"] >= 12
 
 
