@@ -1,6 +1,5 @@
 """train.py: the optimizer against plain references, the order of the data, a run's files, stopping and going on."""
 
-import fcntl
 import gc
 import io
 import json
@@ -83,7 +82,8 @@ def plain_muon(weight, grad, momentum_buffer, lr, momentum, weight_decay):
     return (1 - lr * weight_decay) * weight - lr * scale * x, buffer
 
 
-def test_muon_is_the_textbook_one_matrix_by_matrix():
+def test_muon_is_the_textbook_one_matrix_by_matrix(monkeypatch):
+    monkeypatch.setattr(Muon, "BATCH", 300)  # the matrices of a shape fall into more than one batch, too
     torch.manual_seed(0)
     E, F, D = 3, 12, 20
     parameters = {
@@ -103,7 +103,7 @@ def test_muon_is_the_textbook_one_matrix_by_matrix():
     expected = [weight.clone() for weight in pieces(parameters)]
     buffers = [torch.zeros_like(weight) for weight in expected]
     muon = Muon(parameters, torch.float32, momentum=0.9, weight_decay=0.1, ranks=ALONE)
-    muon.BATCH = 300  # the matrices of a shape fall into more than one batch, too
+    assert len(muon.rounds) > len({tuple(weight.shape) for weight in expected})
     for step in range(3):
         for p in parameters.values():
             p.grad = torch.randn_like(p)
@@ -358,6 +358,14 @@ def test_a_text_of_one_block_is_enough(tmp_path):
     assert tokens.validation_starts(0) == tokens.validation_starts(5) == [0]
 
 
+def test_no_token_is_too_large_to_the_end_of_a_long_text(tmp_path):
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.seek(2 * 2**24)  # zeros, as many as are looked at in one go
+        file.write(b"\x11\0")
+    with pytest.raises(ValueError, match="the token id 17, the vocabulary ends at 16"):
+        Tokens(tmp_path, "train", 16, 1, {"dtype": "uint16", "vocab_size": 17})
+
+
 def test_validation_is_spread_over_the_text_or_all_of_it(tiny_data):
     tokens = tokens_of(tiny_data, split="val")
     assert tokens.validation_starts(0) == [16 * i for i in range(tokens.blocks)]
@@ -511,13 +519,24 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("free", [0, 10**15])
-def test_where_memory_is_scarce_a_save_is_waited_for(free, finished, tiny, call, tmp_path, monkeypatch):
-    threads, write = set(), train.Saver.write
+def test_a_save_is_of_its_step(free, finished, tiny, call, tmp_path, monkeypatch):
+    """...though it goes on while the next step is made; where memory is scarce it is waited for."""
+    threads = set()
+
+    def write(saver, *rest, write=train.Saver.write):
+        threads.add(threading.current_thread())
+        time.sleep(0.1)
+        write(saver, *rest)
+
     monkeypatch.setattr(train, "free_memory", lambda: free)
-    monkeypatch.setattr(train.Saver, "write", lambda *args: threads.add(threading.current_thread()) or write(*args))
+    monkeypatch.setattr(train.Saver, "write", write)
     assert call(train, *flags(**tiny, keep=9, out=tmp_path)).status == 0
-    assert (threading.main_thread() in threads) == (not free) and len(threads) == 1
+    assert (threads == {threading.main_thread()}) == (not free) and len(threads) == 1
     assert_same_run(tmp_path, finished.out)
+    before, after = (run / "step-0000002" for run in (finished.out, tmp_path))
+    for file in ("model.safetensors", "trainer.safetensors"):
+        assert (before / file).read_bytes() == (after / file).read_bytes()
+    assert read_json(after / "trainer.json")["tokens"] == 2 * 4 * 16
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_were_there(tiny, call, tmp_path, monkeypatch):
@@ -621,7 +640,9 @@ def test_another_text_from_a_checkpoint_on(tiny, tiny_data, other_data, call, tm
     assert call(train, "--out", both, "--resume", "--data", tiny_data).status == 0
     log, before = log_of(both), log_of(easy)
     assert log[:3] == before[:3] and log[3]["loss"] != before[3]["loss"]
-    assert log[2]["val_loss"] < log[5]["val_loss"] and read_json(both / "best" / "trainer.json")["step"] == 6
+    assert log[2]["val_loss"] < log[5]["val_loss"]
+    best = read_json(both / "best" / "trainer.json")
+    assert (best["step"], best["best"]) == (6, log[5]["val_loss"])
     said = call(train, "--out", both, "--resume", "--eval_only").stdout
     assert f"validation loss {log[5]['val_loss']:.4f}" in said
 
@@ -843,8 +864,7 @@ def test_what_nobody_reads_from_the_first_line_on_is_trained(tiny, tmp_path):
 
 def test_two_processes_do_not_train_in_one_place(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
-    with open(out / "log.jsonl", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # as another train.py would
+    with train.open_log(out):  # as another train.py would
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
         done = call(train, "--out", out, "--resume", "--steps", 7)
         assert done.status == 2 and len(done.lines) == 1 and f"another process is training in {out}" in done.stderr
@@ -1253,6 +1273,7 @@ def test_all_ranks_take_the_first_ones_dtype(first_says, taken):
 def test_every_rank_has_its_share(tmp_path):
     """Masters and momenta lie on one rank each, and none has much more to make orthogonal than another."""
     parameters = {f"{i}.o_proj.weight": torch.zeros(8, 4 * (1 + i % 3)) for i in range(20)}
+    parameters |= {"large": torch.zeros(8, 71), "thin": torch.zeros(1, 900)}  # the second is little work for its size
     shards = [
         Muon(parameters, torch.bfloat16, 0.9, 0.1, SimpleNamespace(rank=rank, world=3, first=rank == 0))
         for rank in range(3)
@@ -1355,6 +1376,19 @@ def test_a_bad_loss_skips_the_update(tiny, call, tmp_path, spoil):
         before, after = (load_safetensors(tmp_path / f"step-000000{step}" / file) for step in (2, 3))
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "step-0000003/trainer.json").read_text())["skipped"] == 1
+
+
+def test_a_bad_gradient_skips_the_update(tiny, call, tmp_path, monkeypatch):
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def overflowing(*args):
+        norms.append(clip(*args))
+        return norms[-1] * (math.inf if len(norms) == 2 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    assert call(train, *flags(**tiny | {"steps": 3}, out=tmp_path)).status == 0
+    log = log_of(tmp_path)
+    assert [entry["skipped"] for entry in log] == [0, 1, 1] and all(entry["loss"] for entry in log)
 
 
 def test_training_goes_on_after_a_bad_loss(tiny, call, tmp_path, spoil):
