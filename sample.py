@@ -174,7 +174,7 @@ class Speed:
         """Bytes read for one step: all weights but those of idle experts, and keys and values half-way through the
         text. busy: the share of a layer's experts that a step reads; None: as if all were equally likely."""
         c, B = self.model.config, self.config.num_samples
-        busy = 1 if c.mlp == "dense" else busy or 1 - (1 - 1 / c.num_experts) ** B
+        busy = busy or 1 - (1 - 1 / c.num_experts) ** B
         size = sum(
             p.numel() * p.element_size() * (busy if ".experts." in name else 1)
             for name, p in self.model.named_parameters()

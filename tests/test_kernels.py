@@ -224,6 +224,15 @@ def test_some_tokens_skipped():
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_skipped_token_reads_no_expert():
+    """...such as the one that would come after the last."""
+    gate_up, down, x = torch.randn(4, 16, 8), torch.randn(4, 8, 8), torch.randn(2, 8)
+    gate_up[3] = down[3] = float("nan")
+    for functions in (zaya.triton_kernels, zaya):
+        first, skipped = functions.experts_of_few(x, torch.ones(2), torch.tensor([0, 3]), gate_up[:3], down[:3])
+        assert first.isfinite().all() and skipped.eq(0).all()
+
+
 @pytest.mark.parametrize("prompt", [[[1, 2, 3, 4, 5, 6]], [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]])
 def test_text_from_a_cache(prompt):
     texts = []
@@ -314,6 +323,10 @@ def test_falls_back_and_says_so_once(capsys, monkeypatch):
     wide = tiny_model("triton", head_dim=512, num_hidden_layers=1)
     assert wide(torch.tensor([[1, 2]]))[0].isfinite().all()
     assert "no kernel for cca: head_dim 512 is above 256" in capsys.readouterr().err
+    wide, long = torch.empty(1, 520), torch.empty(1, 16385)
+    route = zaya.triton_kernels.unsupported("route", wide, None, None, None, None, (torch.empty(520, 520), wide[0]))
+    assert route == "router_hidden_size 520 is above 512"
+    assert "rows of 16385 numbers" in zaya.triton_kernels.unsupported("product", long)
     monkeypatch.setattr(zaya, "triton_kernels", None)
     zaya.dispatch(x, choice, 1)
     assert "Triton is not installed" in capsys.readouterr().err

@@ -404,15 +404,19 @@ def test_bits_per_byte_is_the_loss_in_another_unit(finished, tiny_data):
             assert entry["val_bpb"] == pytest.approx(entry["val_loss"] / math.log(2) / bytes_per_token)
 
 
+@torch.no_grad()
 def test_the_log_is_that_of_the_model(finished, tiny_data):
     """An evaluation again, with the last checkpoint; and the operations of a step."""
     model, last, text = Zaya.from_pretrained(finished.out), log_of(finished.out)[-1], tokens_of(tiny_data, split="val")
-    with torch.no_grad():
-        loss = model(*text.batch(text.validation_starts(2 * 16), CPU))[1]
+    loss = model(*text.batch(text.validation_starts(2 * 16), CPU))[1]
     counts = torch.stack([router.counts for router in model.routers])
     assert last["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert last["val_load_entropy"] == pytest.approx(load_entropy(counts[:, :4]), abs=1e-4)  # skip is no expert
     assert [len(of_layer) for of_layer in last["load"]] == [4, 4]
+    every, config = text.validation_starts(0), TrainConfig(eval_batches=0, block_size=16, micro_batch_size=4)
+    loss = model(*text.batch(every, CPU))[1].item()
+    assert len(every) % 4  # the last forward pass is of fewer
+    assert train.evaluate(model, text, config, train.Ranks("cpu"))["val_loss"] == pytest.approx(loss, abs=1e-5)
     flops = zaya.training_flops(model.config, model.parameter_counts()[1], 16)
     assert 1e12 * last["tflops"] == pytest.approx(flops * last["tokens_per_s"])
 
@@ -872,7 +876,7 @@ def test_two_processes_do_not_train_in_one_place(finished, call, tmp_path):
     assert call(train, "--out", out, "--resume", "--steps", 7).status == 0
 
 
-@pytest.mark.parametrize("moment", ["training_batch", "evaluate", "write", "learning_rate"])
+@pytest.mark.parametrize("moment", ["training_batch", "evaluate", "write", "learning_rate", "report"])
 def test_a_signal_in_any_part_of_a_step_saves_that_step(finished, tiny, call, tmp_path, monkeypatch, moment):
     owner = {"training_batch": Tokens, "write": train.Saver}.get(moment, train)
     original, calls = getattr(owner, moment), []
@@ -881,6 +885,7 @@ def test_a_signal_in_any_part_of_a_step_saves_that_step(finished, tiny, call, tm
         calls.append(1)
         if len(calls) == 1:  # in the first evaluation, that of step 3, say
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # until it is heard
         return original(*args)
 
     monkeypatch.setattr(owner, moment, interrupted)
