@@ -1252,6 +1252,26 @@ train.run()
     assert all(f"rank {rank} has lost another" in said[rank] for rank in (0, 2, 3))
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny, tmp_path):
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+
+def evaluate(*args, original=train.evaluate):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    return original(*args)
+
+train.evaluate = evaluate
+train.run()
+"""
+    statuses, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 2)
+    assert statuses == [0, 0], said
+    assert len(log_of(tmp_path / "out")) == 4  # the first evaluation is step 3's
+
+
 def test_ranks_wait_for_the_first_to_prepare_data():
     store = dist.HashStore()
     first, second = (SimpleNamespace(world=2, first=first, meeting=store) for first in (True, False))
@@ -1524,6 +1544,17 @@ def test_what_is_closed_takes_no_files_number(tmp_path):
     script = "import zaya\nwith zaya.stop_in_one_line(): raise SystemExit(int(open('file', 'w').fileno() < 3))"
     closed = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ROOT}).returncode == 0
+
+
+def test_a_reader_who_has_read_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    script = "import zaya\nwith zaya.stop_in_one_line(): print('text')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_a_longer_block_is_the_models_context(finished, call, tmp_path):
