@@ -346,8 +346,9 @@ class Attention(nn.Module):
         return linear(self.weighted_values(q, k, v, cache), self.o_proj.weight)
 
     def weighted_values(self, q, k, v, cache):
-        """What qkv_proj returns -> what o_proj takes (B, T, Hq * h)."""
-        if cache is not None and k is not None:  # None: cca_step has put this token into the cache already
+        """What qkv_proj returns -> what o_proj takes (B, T, Hq * h). k and v are None where cca_step has put them into
+        the cache already."""
+        if cache is not None and k is not None:
             k, v = cache.append(k, v)
         if decodes(q, cache):
             return attend_past(q, cache.k, cache.v, cache.end, self.window)
@@ -464,8 +465,8 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
-        # All of it is dispatch, experts and combine, at the end, and the zeros for skipped tokens. The branches that
-        # return before do the same, faster.
+        # The zeros for skipped tokens, then dispatch, experts and combine in the last two lines: that is all of it. What
+        # returns before does the same, faster, for few tokens and on CPUs.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
@@ -645,7 +646,8 @@ class Zaya(nn.Module):
         if head.is_cuda and head.dtype != torch.float32:
             logits = torch.mm(rows, head.t(), out_dtype=torch.float32)
         else:
-            logits = (product if len(rows) == 1 else linear)(rows.float(), head.float())
+            multiply = product if len(rows) == 1 else linear
+            logits = multiply(rows.float(), head.float())
         return logits.unflatten(0, hidden.shape[:-1])
 
     def forward(self, tokens, targets=None, cache=None):
@@ -762,10 +764,10 @@ class Zaya(nn.Module):
         path = find_checkpoint(path)
         config = read_config(path)
         headers = {file: safetensors_header(file) for file in weight_files(path)}
-        stored = {name.removeprefix("model."): kind for h in headers.values() for name, (kind, *_) in h.items()}
+        dtypes = {name.removeprefix("model."): kind for h in headers.values() for name, (kind, *_) in h.items()}
         with torch.device("meta"):
             model = cls(config, kernels)
-        model.cast(dtype or stored.get("embed_tokens.weight", torch.float32))
+        model.cast(dtype or dtypes.get("embed_tokens.weight", torch.float32))
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         if torch.device(device).type == "cpu" and 0 < (free := free_memory()) < size:
             warn_once(f"{path} takes {size / 1e9:.3g} GB in {model.head.dtype}, {free / 1e9:.3g} GB are free")
@@ -780,21 +782,21 @@ class Zaya(nn.Module):
         """Read this model's tensors from official files, native or legacy, {path: its header}, each straight to its
         place: no second copy in memory. ValueError, naming one, if a tensor is missing, unknown, of another shape, or
         not finite."""
-        missing, native_names = official_names(self.state_dict()), {}
+        unread, native_names = official_names(self.state_dict()), {}
         if any(".zaya_block." in name for header in headers.values() for name in header):
-            missing = one_by_one(missing)
-            native_names = {legacy_name(name, self.config): name for name in missing}
+            unread = one_by_one(unread)
+            native_names = {legacy_name(name, self.config): name for name in unread}
         for path, header in headers.items():
             with open(path, "rb") as file:
                 for name, (dtype, shape, start, _) in header.items():
                     place = native_names.get(name, name)
-                    if f"model.{place}" in missing:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
+                    if f"model.{place}" in unread:  # [T]'s ZayaModel, which has no LM head, leaves "model." out
                         place = f"model.{place}"
                     if place == "lm_head.weight" and self.config.tie_word_embeddings:
                         continue  # the embedding once more
-                    if place not in missing:
+                    if place not in unread:
                         raise ValueError(f"{path} holds a tensor that this model does not have, {name}")
-                    target = missing.pop(place)
+                    target = unread.pop(place)
                     if shape != list(target.shape):
                         raise ValueError(f"{path}: {name} is {shape}, this model's is {list(target.shape)}")
                     file.seek(start)
@@ -802,8 +804,8 @@ class Zaya(nn.Module):
                     # Unlike isfinite of the whole, the two extremes take no memory.
                     if target.numel() and not torch.stack(target.aminmax()).isfinite().all():
                         raise ValueError(f"{path}: {name} holds numbers that are not finite")
-        if missing:
-            raise ValueError(f"{path.parent} lacks {len(missing)} tensors of this model, {min(missing)} first")
+        if unread:
+            raise ValueError(f"{path.parent} lacks {len(unread)} tensors of this model, {min(unread)} first")
 
     @property
     def routers(self):
@@ -839,7 +841,8 @@ class LayerCache:
         return (max_len, Hk, h), (max_len, Hk, h), (max(config.past_tokens, 1) + 1, (Hq + 2 * Hk) * h)
 
     def past(self, rows):
-        """What cca calls past and v_before. rows: those of `recent` that hold the tokens before the newest."""
+        """What cca calls past and v_before. rows: those of `recent` that hold the tokens before the newest, oldest
+        first: Newest.rows_before."""
         recent = self.recent[:, rows]
         return recent[:, len(rows) - self.past_tokens :, : self.C], recent[:, -1:, -self.late :]
 
@@ -1449,7 +1452,9 @@ def complete(config):
 
 def as_list(ids):
     """The ids that a config's *_token_id stands for: none, one or several."""
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list) else [ids]
 
 
 def replica(hidden_size, num_hidden_layers, head_dim, vocab_size=50257, max_position_embeddings=4096):
@@ -2052,7 +2057,7 @@ def parse_flags(description, *defaults):
             )  # fmt: skip
     given = vars(parser.parse_args())
     for name, value in given.items():
-        if isinstance(value, list):
+        if isinstance(value, list):  # of what read_flag makes of each word
             given[name] = None if value == [None] else [word for words in value for word in words or []]
     return given
 
