@@ -1029,6 +1029,8 @@ def test_shards_by_their_index(checkpoint):
         Zaya.from_pretrained(path)
     save_safetensors(path / "model-2.safetensors", {name: tensors[name] for name in names[1::2]})
     model = Zaya.from_pretrained(path)
+    assert model.embed_tokens.weight.equal(tensors["model.embed_tokens.weight"])
+    torch.nn.init.constant_(model.norm.weight, 7)
     model.save_pretrained(path)
     assert all(a.equal(b) for a, b in zip(Zaya.from_pretrained(path).parameters(), model.parameters()))
 
