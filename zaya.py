@@ -465,8 +465,8 @@ class MixtureOfExperts(nn.Module):
     def weighted_experts(self, x, probability, choice):
         """Each token of x (N, D) through the expert of its choice (N), times its probability (N) -> (N, D). Zeros for
         choice E, the skip class."""
-        # The zeros for skipped tokens, then dispatch, experts and combine in the last two lines: that is all of it. What
-        # returns before does the same, faster, for few tokens and on CPUs.
+        # The zeros for skipped tokens, then dispatch, experts and combine in the last two lines: that is all of it.
+        # What returns before does the same, faster, for few tokens and on CPUs.
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         x = x.to(down.dtype)
         if len(x) <= FEW_TOKENS and not torch.is_grad_enabled():
