@@ -1524,7 +1524,8 @@ def farewell(model, tokenizer, config, step):
     start = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.beginning()
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
-    text = tokenizer.decode(model.generate(tokens, 200, temperature=0.8, top_p=0.95)[0, len(start) :].tolist())
+    # (Colder, a small model says one line over and over: nano's lines differ to 80 % at 0.8, 83 % at 0.9; of 12 texts.)
+    text = tokenizer.decode(model.generate(tokens, 200, temperature=0.9, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = ' --prompt "import "' if config.data == "stdlib" else ""
     pictures = "loss.png and experts.png" if model.routers else "loss.png"
