@@ -239,13 +239,11 @@ def faster_dtype(ranks):
         a = torch.randn(1024, 256).to(dtype)
         return min(timeit.repeat(lambda: a @ a.t(), repeat=5, number=1))
 
-    def bf16_is_faster():
-        if ranks.device.type != "cpu":
-            return has_bf16(ranks.device.type)
-        return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
-
-    faster = torch.tensor(float(ranks.first and bf16_is_faster()), device=ranks.device)
-    return "bfloat16" if ranks.sum(faster) else "float32"
+    if ranks.device.type == "cpu":
+        faster = ranks.first and 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+    else:
+        faster = ranks.first and has_bf16(ranks.device.type)
+    return "bfloat16" if ranks.sum(torch.tensor(float(faster), device=ranks.device)) else "float32"
 
 
 def tune_memory():

@@ -253,13 +253,13 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 def attend(q, k, v, window=None):
     """Causal grouped-query attention, scale 1 / sqrt(h): the T queries are the last T of the S positions.
 
-    q (B, T, Hq, h), k and v (B, S, Hk, h); window: how many positions a query sees, its own included.
-    Returns (B, T, Hq * h).
+    q (B, T, Hq, h), k and v (B, S, Hk, h); window: how many positions a query sees, its own included;
+    None: all. Returns (B, T, Hq * h).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_in_blocks(q, k, v, window)
     T, S = q.shape[1], k.shape[1]
     window = window or S
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend_in_blocks(q, k, v, window)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # Without a mask, is_causal aligns the first query with the first key, which is wrong where S > T.
     mask = visible(S - T, 0, S, window, q.device) if window < S or T not in (1, S) else None
@@ -1171,7 +1171,7 @@ def attend_in_blocks(q, k, v, window, size=128):
     Without a gradient scores are fp32. With one they are bf16: the larger the temperatures, the coarser.
     """
     (B, T, Hq, h), S, Hk = q.shape, k.shape[1], k.shape[2]
-    group, cached, window = Hq // Hk, S - T, window or S
+    group, cached = Hq // Hk, S - T
     q = q.view(B, T, Hk, group, h).permute(0, 2, 3, 1, 4).reshape(B * Hk, group, T, h)
     k, v = k.transpose(1, 2).reshape(B * Hk, S, h), v.transpose(1, 2).reshape(B * Hk, S, h)
     if not torch.is_grad_enabled():
@@ -1501,7 +1501,7 @@ class Decoder:
         self.layers = [DecoderLayer(config, *part) for part in parts]
 
     def step(self, tokens):
-        """tokens (B) -> what the LM head sees (B, D). For where no gradient is wanted, as next_tokens is."""
+        """tokens (B) -> what the LM head sees (B, D). next_tokens, which calls it, has turned gradients off."""
         position = self.cache.length
         self.cache.length += 1
         stream = torch.addcmul(self.bias, F.embedding(tokens, self.embedding), self.scale)
@@ -1543,7 +1543,7 @@ class DecoderLayer:
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
-        end = cache.newest.end  # of the prompt
+        end = cache.newest.end  # of the prompt; as if the next token, at that position, were the newest:
         past, v_before = cache.past(Newest(torch.tensor([end]), end + 1, cache.recent.shape[1]).rows_before)
         self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
