@@ -217,14 +217,17 @@ def load_vector(vector, at, size):
 
 
 @triton.jit
-def load_matrix(matrix, row, rows, column, columns):
-    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges; row and column broadcast."""
+def load_matrix(matrix, row, rows, column, columns, TRANSPOSED: tl.constexpr = False):
+    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges -> (row's size, column's), or that
+    TRANSPOSED."""
+    row, column = (row[None, :], column[:, None]) if TRANSPOSED else (row[:, None], column[None, :])
     return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
 
 
 @triton.jit
 def store_matrix(matrix, row, rows, column, columns, x):
     """matrix[row, column] = x within its edges, in its dtype."""
+    row, column = row[:, None], column[None, :]
     tl.store(matrix + row * columns + column, x.to(matrix.dtype.element_ty), mask=(row < rows) & (column < columns))
 
 
@@ -237,9 +240,9 @@ def dot(a, b, acc=None):
 @triton.jit
 def tile_product(x, stride, m, rows, w, column, inside, K, stride_m, stride_k, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr):  # fmt: skip
-    """Rows m (BM, 1) of x (rows, stride), of which K columns count, times rows `column` (BN) of w (M, K), by its
+    """Rows m (BM) of x (rows, stride), of which K columns count, times rows `column` (BN) of w (M, K), by its
     strides, where inside (BN) says so -> (BM, BN) fp32."""
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc, m = tl.zeros((BM, BN), tl.float32), m[:, None]
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         a = tl.load(x + m * stride + k[None, :], mask=(m < rows) & (k[None, :] < K), other=0.0)
@@ -328,8 +331,7 @@ def convolve(rows, past, filters, b, t, head, T, stride, c1, c2, H: tl.constexpr
 @triton.jit
 def load_filter(w, k, c, h: tl.constexpr, TRANSPOSED: tl.constexpr):
     """A head's w[k, c], or w[c, k] -> (BK, BP)."""
-    row, column = (c[None, :], k[:, None]) if TRANSPOSED else (k[:, None], c[None, :])
-    return load_matrix(w, row, h, column, h)
+    return load_matrix(w, c, h, k, h, TRANSPOSED=True) if TRANSPOSED else load_matrix(w, k, h, c, h)
 
 
 @triton.jit
@@ -460,7 +462,8 @@ def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.
         for c0 in range(0, Hk * h, 2 * BP):
             column = c0 + tl.arange(0, 2 * BP)
             row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int64)
-            x = load_matrix(grad_v + b * T * Hk * h, row, T, column[None, :], Hk * h)
+            at = grad_v + b * T * Hk * h + row * (Hk * h) + column[None, :]
+            x = tl.load(at, mask=(row < T) & (column[None, :] < Hk * h), other=0.0)
             store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
         c1, c2 = pairs(HALF, h, BP)
@@ -489,10 +492,10 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
         x = tl.load(qkv + (n - ago).to(tl.int64)[:, None] * stride + column, mask=inside & (t >= ago), other=0.0)
         x += tl.load(past + ((n // T * (TAPS - 1))[:, None] + t + tap).to(tl.int64) * (H * h) + column,
                      mask=inside & (t < ago), other=0.0)  # fmt: skip
-        g = load_matrix(grad, n.to(tl.int64)[:, None], N, (head * h + out)[None, :], H * h)
+        g = load_matrix(grad, n.to(tl.int64), N, head * h + out, H * h)
         acc = dot(tl.trans(x), g, acc)
     own = partial + ((part.to(tl.int64) * TAPS + tap) * H + head) * h * h
-    store_matrix(own, in_[:, None], h, out[None, :], h, acc)
+    store_matrix(own, in_, h, out, h, acc)
 
 
 def cca_config(h, x):
@@ -655,18 +658,18 @@ def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, fi
                         DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state, normed, first and hidden (N, R)."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
-    x = load_matrix(r, n[:, None], N, c[None, :], R).to(tl.float32)
+    x = load_matrix(r, n, N, c, R).to(tl.float32)
     if DEEP:
-        x += load_matrix(previous, n[:, None], N, c[None, :], R) * load_vector(gamma, c, R)[None, :]
-    store_matrix(state, n[:, None], N, c[None, :], R, x)
+        x += load_matrix(previous, n, N, c, R) * load_vector(gamma, c, R)[None, :]
+    store_matrix(state, n, N, c, R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x = (x * inverse[:, None] * load_vector(norm, c, R)[None, :]).to(W1.dtype.element_ty)
-    store_matrix(normed, n[:, None], N, c[None, :], R, x)
+    store_matrix(normed, n, N, c, R, x)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
-        y = dot(x, load_matrix(W1, u[None, :], R, c[:, None], R)) + load_vector(b1, u, R)[None, :]
-        store_matrix(first, n[:, None], N, u[None, :], R, y)
-        store_matrix(hidden, n[:, None], N, u[None, :], R, gelu(y))
+        y = dot(x, load_matrix(W1, u, R, c, R, TRANSPOSED=True)) + load_vector(b1, u, R)[None, :]
+        store_matrix(first, n, N, u, R, y)
+        store_matrix(hidden, n, N, u, R, gelu(y))
 
 
 @triton.jit
@@ -674,9 +677,9 @@ def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, BT
                          BK: tl.constexpr):  # fmt: skip
     """Grid (N / BT, R / BN): the second layer, from hidden to second and thought (N, R)."""
     n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
-    y = tile_product(hidden, R, n[:, None], N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
-    store_matrix(second, n[:, None], N, u[None, :], R, y)
-    store_matrix(thought, n[:, None], N, u[None, :], R, gelu(y))
+    y = tile_product(hidden, R, n, N, W2, u, u < R, R, R, 1, BT, BN, BK) + load_vector(b2, u, R)[None, :]
+    store_matrix(second, n, N, u, R, y)
+    store_matrix(thought, n, N, u, R, gelu(y))
 
 
 @triton.jit
@@ -688,20 +691,20 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N
     from CLASSES on."""
     n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BK)
     let_the_next_start(PDL)
-    w3 = load_matrix(W3, e[None, :], CLASSES, k[:, None], R)  # a step ahead of its use
+    w3 = load_matrix(W3, e, CLASSES, k, R, TRANSPOSED=True)  # a step ahead of its use
     bias = tl.load(balancing + e, mask=e < CLASSES, other=float("-inf"))
     wait_for_the_kernel_before(PDL)
     z = tl.zeros((BT, BE), tl.float32)
     for k0 in range(0, R, BK):
-        z = dot(load_matrix(thought, n[:, None], N, k0 + k[None, :], R), w3, z)
-        w3 = load_matrix(W3, e[None, :], CLASSES, k0 + BK + k[:, None], R)
+        z = dot(load_matrix(thought, n, N, k0 + k, R), w3, z)
+        w3 = load_matrix(W3, e, CLASSES, k0 + BK + k, R, TRANSPOSED=True)
     z = tl.where((e < CLASSES)[None, :], z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
     chosen = tl.argmax(tl.where(p == p, p + bias[None, :], float("-inf")), axis=1)  # among NaNs, 0
     is_chosen = e[None, :] == chosen[:, None]
     p_chosen = tl.sum(tl.where(is_chosen, p, 0.0), axis=1)
-    store_matrix(slopes, n[:, None], N, e[None, :], WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
+    store_matrix(slopes, n, N, e, WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
     tl.store(probability + n, p_chosen, mask=n < N)
     tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
     tl.store(counts + tl.program_id(0) * CLASSES + e, hits(chosen, n, N, e), mask=e < CLASSES)
@@ -714,9 +717,9 @@ def router_layer_backward_kernel(grad, W, given, grad_given, sums, N, R: tl.cons
     """Grid (N / BT, R / BN): from the gradient of a layer's K results (N, STRIDE), through its matrix W (K, R), to that
     of what the GELU before it was given (N, R). sums (N / BT, R): this one's, for the bias added there."""
     n, u = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BN + tl.arange(0, BN)
-    g = tile_product(grad, STRIDE, n[:, None], N, W, u, u < R, K, 1, R, BT, BN, BK)
-    g *= gelu_slope(load_matrix(given, n[:, None], N, u[None, :], R).to(tl.float32))
-    store_matrix(grad_given, n[:, None], N, u[None, :], R, g)
+    g = tile_product(grad, STRIDE, n, N, W, u, u < R, K, 1, R, BT, BN, BK)
+    g *= gelu_slope(load_matrix(given, n, N, u, R).to(tl.float32))
+    store_matrix(grad_given, n, N, u, R, g)
     tl.store(sums + tl.program_id(0) * R + u, tl.sum(g, axis=0), mask=u < R)
 
 
@@ -728,20 +731,20 @@ def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, ga
     previous state. norms (N / BT, 1 + DEEP, R): sums for norm and gamma."""
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
     own, weight = norms + (1 + DEEP) * tl.program_id(0) * R + c, load_vector(norm, c, R)
-    x = load_matrix(state, n[:, None], N, c[None, :], R)  # on its way during the product
-    g = tile_product(grad_first, R, n[:, None], N, W1, c, c < R, R, 1, R, BT, BR, BK)
+    x = load_matrix(state, n, N, c, R)  # on its way during the product
+    g = tile_product(grad_first, R, n, N, W1, c, c < R, R, 1, R, BT, BR, BK)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x *= inverse[:, None]
     tl.store(own, tl.sum(g * x, axis=0), mask=c < R)
     g *= weight[None, :]
     g = (g - x * (tl.sum(g * x, axis=1) / R)[:, None]) * inverse[:, None]
     if grad_state is not None:
-        g += load_matrix(grad_state, n[:, None], N, c[None, :], R)
-    store_matrix(grad_r, n[:, None], N, c[None, :], R, g)
+        g += load_matrix(grad_state, n, N, c, R)
+    store_matrix(grad_r, n, N, c, R, g)
     if DEEP:
-        x = load_matrix(previous, n[:, None], N, c[None, :], R)
+        x = load_matrix(previous, n, N, c, R)
         tl.store(own + R, tl.sum(g * x, axis=0), mask=c < R)
-        store_matrix(grad_previous, n[:, None], N, c[None, :], R, g * load_vector(gamma, c, R)[None, :])
+        store_matrix(grad_previous, n, N, c, R, g * load_vector(gamma, c, R)[None, :])
 
 
 @operator
@@ -872,7 +875,7 @@ def dispatch_kernel(x, choice, counts, ends, sorted_x, place, N, D, BT: tl.const
     row = tl.load(ends + at) - tl.load(counts + at) + rank
     if tl.program_id(1) == 0:
         tl.store(place + n, row, mask=n < N)
-    rows = load_matrix(x, n[:, None].to(tl.int64), N, d[None, :], D)
+    rows = load_matrix(x, n.to(tl.int64), N, d, D)
     tl.store(sorted_x + row[:, None] * D + d[None, :], rows, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
@@ -881,10 +884,10 @@ def combine_kernel(y, place, probability, out, N, D, WEIGHTED: tl.constexpr, BT:
     """Grid (N / BT, D / BD): out[n] = y[place[n]], times probability[n] if WEIGHTED."""
     n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     row = tl.load(place + n, mask=n < N, other=N)
-    rows = load_matrix(y, row[:, None], N, d[None, :], D)
+    rows = load_matrix(y, row, N, d, D)
     if WEIGHTED:
         rows = rows * load_vector(probability, n, N)[:, None]
-    store_matrix(out, n[:, None].to(tl.int64), N, d[None, :], D, rows)
+    store_matrix(out, n.to(tl.int64), N, d, D, rows)
 
 
 @triton.jit
@@ -895,9 +898,9 @@ def combine_backward_kernel(grad, y, place, probability, grad_y, grad_p, N, D, B
     dp = tl.zeros((BT,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        g = load_matrix(grad, n[:, None].to(tl.int64), N, d[None, :], D).to(tl.float32)
-        dp += tl.sum(g * load_matrix(y, row[:, None], N, d[None, :], D).to(tl.float32), axis=1)
-        store_matrix(grad_y, row[:, None], N, d[None, :], D, g * p[:, None])
+        g = load_matrix(grad, n.to(tl.int64), N, d, D).to(tl.float32)
+        dp += tl.sum(g * load_matrix(y, row, N, d, D).to(tl.float32), axis=1)
+        store_matrix(grad_y, row, N, d, D, g * p[:, None])
     tl.store(grad_p + n, dp.to(grad_p.dtype.element_ty), mask=n < N)
 
 
@@ -1006,7 +1009,7 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
     column 2 i is unit i's gate (row i of the weight), 2 i + 1 the same unit's up (row F + i). weight (E, 2F, D).
     """
     UNITS: tl.constexpr = BN // 2
-    columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM)[:, None], tl.arange(0, BN)
+    columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM), tl.arange(0, BN)
     starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
         expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
@@ -1014,23 +1017,23 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
         w = weight + expert * 2 * F * D
         acc = tile_product(x + row * D, D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
         gate, up = tl.split(tl.reshape(acc, (BM, UNITS, 2)))
-        u = (column_tile * UNITS + tl.arange(0, UNITS))[None, :]
+        u = column_tile * UNITS + tl.arange(0, UNITS)
         store_matrix(act + row * F, m, rows, u, F, gate * (tl.sigmoid(gate) * up))  # in another order gfx942 spills
         if KEEP:
-            store_matrix(hidden + row * 2 * F, m, rows, (column_tile * BN + c)[None, :], 2 * F, acc)
+            store_matrix(hidden + row * 2 * F, m, rows, column_tile * BN + c, 2 * F, acc)
 
 
 @triton.jit
 def swiglu_backward_kernel(grad, hidden, act, grad_hidden, N, F, BT: tl.constexpr, BF: tl.constexpr):
     """Grid (N / BT, F / BF): from the gradient of act (N, F) to that of [gate | up] (N, 2F); act is computed again."""
-    n, f0 = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None], tl.program_id(1) * BF
-    f, pair = (f0 + tl.arange(0, BF))[None, :], (2 * f0 + tl.arange(0, 2 * BF))[None, :]
+    n, f0 = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1) * BF
+    f, pair = f0 + tl.arange(0, BF), 2 * f0 + tl.arange(0, 2 * BF)
     gate, up = tl.split(tl.reshape(load_matrix(hidden, n, N, pair, 2 * F), (BT, BF, 2)))
     gate, up, g = gate.to(tl.float32), up.to(tl.float32), load_matrix(grad, n, N, f, F).to(tl.float32)
     share = tl.sigmoid(gate)
     store_matrix(act, n, N, f, F, gate * share * up)
     grad_gate = g * up * share * (1 + gate * (1 - share))
-    inside, at = (n < N) & (f < F), n * 2 * F + f
+    inside, at = (n < N)[:, None] & (f < F)[None, :], n[:, None] * 2 * F + f[None, :]
     tl.store(grad_hidden + at, grad_gate.to(grad_hidden.dtype.element_ty), mask=inside)
     tl.store(grad_hidden + at + F, (g * gate * share).to(grad_hidden.dtype.element_ty), mask=inside)
 
@@ -1042,14 +1045,14 @@ def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, 
 
     Grid (EXPERT_PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
-    columns, m = tl.cdiv(M, BN), tl.arange(0, BM)[:, None]
+    columns, m = tl.cdiv(M, BN), tl.arange(0, BM)
     starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
         expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
         c = column_tile * BN + tl.arange(0, BN)
         w = weight + expert * stride_e
         acc = tile_product(x + row * K, K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
-        store_matrix(out + row * M, m, rows, c[None, :], M, acc)
+        store_matrix(out + row * M, m, rows, c, M, acc)
 
 
 @triton.jit
@@ -1065,9 +1068,9 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     acc = tl.zeros((BM, BN), tl.float32)
     for n0 in range(start, end, BK):
         n = n0 + tl.arange(0, BK)
-        g = load_matrix(grad, n[None, :], end, m[:, None], M)
-        acc = dot(g, load_matrix(x, n[:, None], end, c[None, :], K), acc)
-    store_matrix(out + expert * M * K, m[:, None].to(tl.int64), M, c[None, :], K, acc)
+        g = load_matrix(grad, n, end, m, M, TRANSPOSED=True)
+        acc = dot(g, load_matrix(x, n, end, c, K), acc)
+    store_matrix(out + expert * M * K, m.to(tl.int64), M, c, K, acc)
 
 
 def grouped_config(kernel, x):
@@ -1325,7 +1328,7 @@ def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new
     normed (unless that is None), as merge does. GELU: out is gelu of the product."""
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
     let_the_next_start(PDL)
-    matrix = load_matrix(weight, m[:, None], M, k[None, :], K)  # the first to be asked for: it takes the longest
+    matrix = load_matrix(weight, m, M, k, K)  # the first to be asked for: it takes the longest
     y = tl.zeros((BF,), tl.float32)
     if bias is not None:
         y = load_vector(bias, m, M)
@@ -1445,7 +1448,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         # First what need not wait for the new token. acc[o] = sum over j of W[o, j] * x[j]; a row of W (H, h, h, TAPS1)
         # is (h, TAPS1) laid flat. BK of the j are asked for at a time, a step ahead of their use
         W += head * h * h * TAPS1
-        matrix = load_matrix(W, c[:, None], h, tl.arange(0, BK)[None, :], h * TAPS1)
+        matrix = load_matrix(W, c, h, tl.arange(0, BK), h * TAPS1)
         x = of_the_past(recent, w, w_bias, position, head, 0, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
         cosine, sine = load_angles(cos, sin, tl.arange(0, 1), 1, tl.where(c < 2 * HALF, c % HALF, HALF), HALF)
         bias, length = load_vector(W_bias + head * h, c, h), load_length(temp, head, Hq, h)
@@ -1454,7 +1457,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         GROUP: tl.constexpr = Hq // Hk
         own = tl.load(qkv + head * h + c, mask=c < h, other=0.0)
         first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)
-        partners = load_matrix(qkv + first * h, tl.arange(0, BG)[:, None], sharers, c[None, :], h).to(tl.float32)
+        partners = load_matrix(qkv + first * h, tl.arange(0, BG), sharers, c, h).to(tl.float32)
         acc = tl.zeros((BH,), tl.float32)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
@@ -1462,7 +1465,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
             value = tl.load(qkv + column, mask=newest, other=0.0).to(tl.float32)
             x += value * tl.load(w + column * TAPS0 + TAPS0 - 1, mask=newest, other=0.0).to(tl.float32)
             acc += tl.sum(matrix.to(tl.float32) * x[None, :], axis=1)
-            matrix = load_matrix(W, c[:, None], h, BK + j[None, :], h * TAPS1)
+            matrix = load_matrix(W, c, h, BK + j, h * TAPS1)
             x = of_the_past(recent, w, w_bias, position, head, j0 + BK, SIZE, WIDTH, h, TAPS0, TAPS1, BK)
         acc += bias + 0.5 * (own.to(tl.float32) + tl.sum(partners, axis=0) / sharers)
         norm = at_least_eps(tl.sqrt(tl.sum(acc * acc, axis=0)))
@@ -1510,19 +1513,19 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
     if not SWIGLU:
         p = tl.load(probability + n, cache_modifier=".cg")  # here, not where it is used, so that nothing waits for it
     w, rows = weight + expert * (2 * M if SWIGLU else M) * K, tl.where(expert < E, M, 0)  # a skipped token's stay zeros
-    matrix = load_matrix(w, m[:, None], rows, k[None, :], K)  # a step ahead of its use
+    matrix = load_matrix(w, m, rows, k, K)  # a step ahead of its use
     if SWIGLU:
-        matrix_up = load_matrix(w + M * K, m[:, None], rows, k[None, :], K)
+        matrix_up = load_matrix(w + M * K, m, rows, k, K)
     else:
         wait_for_the_kernel_before(PDL)
     acc, up = tl.zeros((BF,), tl.float32), tl.zeros((BF,), tl.float32)
     for k0 in range(0, K, BK):
         row = load_vector(x + n * K, k0 + k, K)[None, :]
         acc += tl.sum(matrix.to(tl.float32) * row, axis=1)
-        matrix = load_matrix(w, m[:, None], rows, k0 + BK + k[None, :], K)
+        matrix = load_matrix(w, m, rows, k0 + BK + k, K)
         if SWIGLU:
             up += tl.sum(matrix_up.to(tl.float32) * row, axis=1)
-            matrix_up = load_matrix(w + M * K, m[:, None], rows, k0 + BK + k[None, :], K)
+            matrix_up = load_matrix(w + M * K, m, rows, k0 + BK + k, K)
     if SWIGLU:
         tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
     else:
