@@ -27,6 +27,7 @@ import math
 import os
 import sys
 from functools import lru_cache, wraps
+from inspect import signature
 
 import torch
 
@@ -144,12 +145,14 @@ def launch(kernel, grid, *args, **constants):
 
 def operator(function):
     """Make a function that allocates its results and launches kernels a torch operator: torch.compile neither looks
-    into it nor breaks its graph there. An argument whose name ends in _ is written to.
+    into it nor breaks its graph there. An argument without a type is a Tensor; one whose name ends in _ is written to.
 
     In inference mode the function itself is called: an operator's bookkeeping takes Python more time than the kernels
     of a short prompt take the GPU.
     """
-    written = [name for name in function.__annotations__ if name.endswith("_")]
+    names = signature(function).parameters
+    function.__annotations__ = dict.fromkeys(names, Tensor) | function.__annotations__
+    written = [name for name in names if name.endswith("_")]
     op = torch.library.custom_op(f"nanozaya::{function.__name__}", function, mutates_args=written)
     op.register_fake(function)
 
@@ -506,9 +509,7 @@ def cca_config(h, x):
 
 
 @operator
-def cca_forward(
-    qkv: Tensor, past: Tensor, v_before: Tensor, filters: Tensor, bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def cca_forward(qkv, past, v_before, filters, bias, temp, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
@@ -521,10 +522,7 @@ def cca_forward(
 
 
 @operator
-def cca_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, past: Tensor, filters: Tensor, bias: Tensor,
-    temp: Tensor, cos: Tensor, sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def cca_backward(grad_q, grad_k, grad_v, qkv, past, filters, bias, temp, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     c = cca_config(h, qkv)
@@ -749,9 +747,8 @@ def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, ga
 
 @operator
 def router_forward(
-    r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
-    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    r, previous: Tensor | None, gamma: Tensor | None, norm, eps: float, W1, b1, W2, b2, W3, balancing
+) -> tuple[(Tensor,) * 10]:
     """As zaya.route; and, for the backward pass, normed, first, hidden, second, thought (N, R) and slopes."""
     (N, R), state = r.shape, torch.empty_like(r, dtype=torch.float32)
     normed, first, hidden, second, thought = (W1.new_empty(N, R) for _ in range(5))
@@ -786,9 +783,8 @@ def last_layer_and_choice(thought, W3, balancing):
 
 @operator
 def router_backward(
-    grad_p: Tensor, grad_state: Tensor | None, eps: float, dtype: torch.dtype, state: Tensor, normed: Tensor,
-    first: Tensor, hidden: Tensor, second: Tensor, thought: Tensor, slopes: Tensor, previous: Tensor | None,
-    gamma: Tensor | None, norm: Tensor, W1: Tensor, W2: Tensor, W3: Tensor,
+    grad_p, grad_state: Tensor | None, eps: float, dtype: torch.dtype, state, normed, first, hidden, second, thought,
+    slopes, previous: Tensor | None, gamma: Tensor | None, norm, W1, W2, W3,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r (in dtype), of the previous state (empty for None), and of W1, W2 and W3; those of b1 and b2
     (2, R), and of norm and gamma (2, R), or norm alone (1, R)."""
@@ -905,7 +901,7 @@ def combine_backward_kernel(grad, y, place, probability, grad_y, grad_p, N, D, B
 
 
 @operator
-def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(x, choice, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """As zaya.dispatch."""
     (N, D), c = x.shape, launch_config("dispatch")
     BT, BD = c["BT"], c["BD"]
@@ -919,7 +915,7 @@ def dispatch(x: Tensor, choice: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 @operator
-def combine(y: Tensor, place: Tensor, probability: Tensor | None) -> Tensor:
+def combine(y, place, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
     (N, D), c, out = y.shape, launch_config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
@@ -928,7 +924,7 @@ def combine(y: Tensor, place: Tensor, probability: Tensor | None) -> Tensor:
 
 
 @operator
-def combine_backward(grad: Tensor, y: Tensor, place: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+def combine_backward(grad, y, place, probability) -> tuple[Tensor, Tensor]:
     (N, D), c = y.shape, launch_config("combine_backward")
     grad_y, grad_p = torch.empty_like(y), torch.empty_like(probability)
     launch(combine_backward_kernel, (cdiv(N, c["BT"]),), grad, y, place, probability, grad_y, grad_p, N, D, **c)
@@ -1103,7 +1099,7 @@ def grouped_weight_product(grad, x, offsets):
 
 
 @operator
-def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def experts_forward(x, gate_up, down, offsets, keep: bool) -> tuple[Tensor, Tensor]:
     """As zaya.experts; and, to keep for the backward pass, each unit's gate and up (N, F, 2)."""
     (N, D), (E, _, F) = x.shape, down.shape
     act, hidden = x.new_empty(N, F), x.new_empty(N if keep else 0, F, 2)
@@ -1113,9 +1109,7 @@ def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, k
 
 
 @operator
-def experts_backward(
-    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def experts_backward(grad, x, gate_up, down, offsets, hidden) -> tuple[Tensor, Tensor, Tensor]:
     (N, F, _), c = hidden.shape, launch_config("swiglu_backward")
     grad_act, act, grad_hidden = grouped_linear(grad, down.mT, offsets), x.new_empty(N, F), x.new_empty(N, 2 * F)
     grid = (cdiv(N, c["BT"]), cdiv(F, c["BF"]))
@@ -1200,9 +1194,7 @@ def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o
 
 
 @operator
-def merge(
-    stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor, b_o: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def merge(stream, out, s_r, b_r, s_o, b_o, weight, eps: float) -> tuple[Tensor, Tensor]:
     """As zaya.merge."""
     D, new, normed = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
     N = stream.numel() // D
@@ -1215,9 +1207,8 @@ def merge(
 
 @operator
 def merge_backward(
-    grad_new: Tensor, grad_normed: Tensor, stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor,
-    b_o: Tensor, weight: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o, weight, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of stream and out, and the four sums (4, D) of the kernel."""
     D, grad_stream, grad_out = stream.shape[-1], torch.empty_like(stream), torch.empty_like(out)
     N = stream.numel() // D
@@ -1280,7 +1271,7 @@ def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.cons
 
 
 @operator
-def cross_entropy_forward(logits: Tensor, targets: Tensor, V: int, keep: bool) -> tuple[Tensor, Tensor]:
+def cross_entropy_forward(logits, targets, V: int, keep: bool) -> tuple[Tensor, Tensor]:
     """As zaya.cross_entropy; without keep the gradient is empty."""
     n, stride = logits.shape
     losses, grad = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n if keep else 0, stride)
@@ -1369,16 +1360,15 @@ def gemv(x, weight, bias=None, merging=None, activate=False):
 
 
 @operator
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x, weight) -> Tensor:
     """As zaya.product."""
     return gemv(x.contiguous(), weight)
 
 
 @operator
 def merged_product(
-    stream: Tensor, out: Tensor, s_r: Tensor, b_r: Tensor, s_o: Tensor, b_o: Tensor, norm: Tensor, eps: float,
-    weight: Tensor, bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    stream, out, s_r, b_r, s_o, b_o, norm, eps: float, weight, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As zaya.merged_product."""
     new, normed = torch.empty_like(stream), torch.empty_like(out)
     y = gemv(out, weight, bias, (stream, s_r, b_r, s_o, b_o, norm, eps, new, normed))
@@ -1387,9 +1377,8 @@ def merged_product(
 
 @operator
 def router_of_few(
-    r: Tensor, previous: Tensor | None, gamma: Tensor | None, norm: Tensor, eps: float, W1: Tensor, b1: Tensor,
-    W2: Tensor, b2: Tensor, W3: Tensor, balancing: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    r, previous: Tensor | None, gamma: Tensor | None, norm, eps: float, W1, b1, W2, b2, W3, balancing
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As zaya.route, of at most 16 tokens: a layer a launch, for a single program would have to read all matrices.
     Depth averaging and norm are a merge, of the previous state, times gamma, and r."""
     state = torch.empty_like(r, dtype=torch.float32)
@@ -1478,10 +1467,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
 
 
 @operator
-def cca_step_forward(
-    qkv: Tensor, recent_: Tensor, k_: Tensor, v_: Tensor, end: Tensor, w: Tensor, w_bias: Tensor, W: Tensor,
-    W_bias: Tensor, temp: Tensor, cos: Tensor, sin: Tensor,
-) -> Tensor:  # fmt: skip
+def cca_step_forward(qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin) -> Tensor:
     """As zaya.cca_step, with what its cache holds."""
     B, (S, Hk, h), H, c = len(qkv), k_.shape[1:], len(W) // W.shape[1], launch_config("cca_step")
     q = qkv.new_empty(B, 1, H - Hk, h)
@@ -1533,7 +1519,7 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
 
 
 @operator
-def experts_of_few(x: Tensor, probability: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_of_few(x, probability, choice, gate_up, down) -> Tensor:
     """As zaya.experts_of_few."""
     (N, D), (E, _, F) = x.shape, down.shape
     c = launch_config("expert_gemv" if N > 1 else "expert_gemv_one") | pdl()
@@ -1618,7 +1604,7 @@ def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL:
 
 
 @operator
-def attend_past(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int | None = None) -> Tensor:
+def attend_past(q, k, v, end, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
     # About 512 programs in all, no more parts than join_splits_kernel holds, none below 128 positions of a full cache
