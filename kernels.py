@@ -231,7 +231,7 @@ def load_matrix(matrix, row, rows, column, columns, TRANSPOSED: tl.constexpr = F
 def store_matrix(matrix, row, rows, column, columns, x):
     """matrix[row, column] = x within its edges, in its dtype."""
     row, column = row[:, None], column[None, :]
-    tl.store(matrix + row * columns + column, x.to(matrix.dtype.element_ty), mask=(row < rows) & (column < columns))
+    tl.store(matrix + row * columns + column, x, mask=(row < rows) & (column < columns))
 
 
 @triton.jit
@@ -293,7 +293,7 @@ def load_rows(rows, stride, b, t, T, column, columns):
 def store_rows(rows, stride, b, t, T, column, columns, x):
     """rows[b, t, column] = x within the edges, in its dtype."""
     at = rows + (b * T + t)[:, None] * stride + column[None, :]
-    tl.store(at, x.to(rows.dtype.element_ty), mask=(t < T)[:, None] & (column < columns)[None, :])
+    tl.store(at, x, mask=(t < T)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
@@ -704,7 +704,7 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N
     p_chosen = tl.sum(tl.where(is_chosen, p, 0.0), axis=1)
     store_matrix(slopes, n, N, e, WIDTH, p_chosen[:, None] * (tl.where(is_chosen, 1.0, 0.0) - p))
     tl.store(probability + n, p_chosen, mask=n < N)
-    tl.store(choice + n, chosen.to(tl.int64), mask=n < N)
+    tl.store(choice + n, chosen, mask=n < N)
     tl.store(counts + tl.program_id(0) * CLASSES + e, hits(chosen, n, N, e), mask=e < CLASSES)
 
 
@@ -897,7 +897,7 @@ def combine_backward_kernel(grad, y, place, probability, grad_y, grad_p, N, D, B
         g = load_matrix(grad, n.to(tl.int64), N, d, D).to(tl.float32)
         dp += tl.sum(g * load_matrix(y, row, N, d, D).to(tl.float32), axis=1)
         store_matrix(grad_y, row, N, d, D, g * p[:, None])
-    tl.store(grad_p + n, dp.to(grad_p.dtype.element_ty), mask=n < N)
+    tl.store(grad_p + n, dp, mask=n < N)
 
 
 @operator
@@ -1030,8 +1030,8 @@ def swiglu_backward_kernel(grad, hidden, act, grad_hidden, N, F, BT: tl.constexp
     store_matrix(act, n, N, f, F, gate * share * up)
     grad_gate = g * up * share * (1 + gate * (1 - share))
     inside, at = (n < N)[:, None] & (f < F)[None, :], n[:, None] * 2 * F + f[None, :]
-    tl.store(grad_hidden + at, grad_gate.to(grad_hidden.dtype.element_ty), mask=inside)
-    tl.store(grad_hidden + at + F, (g * gate * share).to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(grad_hidden + at, grad_gate, mask=inside)
+    tl.store(grad_hidden + at + F, g * gate * share, mask=inside)
 
 
 @triton.jit
@@ -1160,7 +1160,7 @@ def merge_forward_kernel(stream, out, s_r, b_r, s_o, b_o, weight, new, normed, D
     x = (load_vector(stream + n * D, d, D) + br) * sr + (load_vector(out + n * D, d, D) + bo) * so
     y = normed_by(x, w, D, eps)
     tl.store(new + n * D + d, x, mask=d < D)
-    tl.store(normed + n * D + d, y.to(normed.dtype.element_ty), mask=d < D)
+    tl.store(normed + n * D + d, y, mask=d < D)
 
 
 @triton.jit
@@ -1184,7 +1184,7 @@ def merge_backward_kernel(grad_new, grad_normed, stream, out, s_r, b_r, s_o, b_o
         g = (gn * w - new * (tl.sum(gn * w * new, axis=0) / D)) * inverse
         g += load_vector(grad_new + n * D, d, D)
         tl.store(grad_stream + n * D + d, g * sr, mask=inside)
-        tl.store(grad_out + n * D + d, (g * so).to(grad_out.dtype.element_ty), mask=inside)
+        tl.store(grad_out + n * D + d, g * so, mask=inside)
         sum_g, sum_gx, sum_go, sum_gn = sum_g + g, sum_gx + g * x, sum_go + g * o, sum_gn + gn * new
     own = partial + tl.program_id(0) * 4 * D + d
     tl.store(own, sum_g, mask=inside)
@@ -1267,7 +1267,7 @@ def cross_entropy_kernel(logits, targets, losses, grad, stride, V, KEEP: tl.cons
             v = v0 + lanes
             z = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
             p = tl.exp(z - most - log_total) - tl.where(v == target, 1.0, 0.0)
-            tl.store(grad + n * stride + v, p.to(grad.dtype.element_ty), mask=v < stride)
+            tl.store(grad + n * stride + v, p, mask=v < stride)
 
 
 @operator
@@ -1338,11 +1338,11 @@ def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new
         row = normed_by(row, w, K, eps)
         if normed is not None:
             if tl.program_id(0) == 0:
-                tl.store(normed + n * K + k, row.to(normed.dtype.element_ty), mask=k < K)
+                tl.store(normed + n * K + k, row, mask=k < K)
     y += tl.sum(matrix.to(tl.float32) * row[None, :], axis=1)
     if GELU:
         y = gelu(y)
-    tl.store(out + n * M + m, y.to(out.dtype.element_ty), mask=m < M)
+    tl.store(out + n * M + m, y, mask=m < M)
 
 
 def gemv(x, weight, bias=None, merging=None, activate=False):
@@ -1515,7 +1515,7 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
     if SWIGLU:
         tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
     else:
-        tl.store(out + n * M + m, (acc * p).to(out.dtype.element_ty), mask=m < M)
+        tl.store(out + n * M + m, acc * p, mask=m < M)
 
 
 @operator
@@ -1600,7 +1600,7 @@ def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL:
     values = tl.load(own[:, None] + c[None, :], mask=(c < h)[None, :], other=0.0)
     weight = tl.exp(largest - tl.max(largest, axis=0))
     result = tl.sum(values * weight[:, None], axis=0) / tl.sum(weight * total, axis=0)
-    tl.store(out + tl.program_id(0) * h + c, result.to(out.dtype.element_ty), mask=c < h)
+    tl.store(out + tl.program_id(0) * h + c, result, mask=c < h)
 
 
 @operator
