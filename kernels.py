@@ -11,8 +11,8 @@ launch them and, where it is not one of those, the function that zaya.py calls. 
 them one by one.)
 
 Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
-where one block must hold all of X, BX is X rounded up to a power of two. What lies beyond an edge is masked. BP holds
-half a head.
+where one block must hold all of X, BX is X rounded up to a power of two, block_of(X). What lies beyond an edge is
+masked. BP holds half a head.
 Index arrays:
   choice     (N)  the expert of token n (or E, where a token may skip the experts)
   place      (N)  the row of token n when tokens are sorted by expert
@@ -210,7 +210,10 @@ def next_power_of_2(n):
 
 def block(size):
     """The power of two that holds a whole dimension, at least what a product needs."""
-    return max(16, next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
+
+
+block_of = triton.constexpr_function(block)  # the same, for kernels to call
 
 
 @triton.jit
@@ -297,10 +300,10 @@ def store_rows(rows, stride, b, t, T, column, columns, x):
 
 
 @triton.jit
-def pairs(HALF: tl.constexpr, h: tl.constexpr, BP: tl.constexpr):
+def pairs(HALF: tl.constexpr, h: tl.constexpr):
     """A head in two halves, so that what RoPE turns together has one place: channels i and i + HALF, i < HALF; then
     those that do not turn. -> the channels of each half (BP), h for what is none."""
-    i = tl.arange(0, BP)
+    i = tl.arange(0, block_of(h // 2))
     first, second = tl.where(i < HALF, i, i + HALF), tl.where(i < HALF, i + HALF, i + h // 2)
     first, second = tl.where(i < h // 2, first, h), tl.where(i < h // 2, second, h)
     RUN: tl.constexpr = (HALF | (h // 2)) & -(HALF | (h // 2))  # of so many channels, Triton is told
@@ -382,16 +385,16 @@ def load_length(temp, head, Hq: tl.constexpr, h: tl.constexpr):
 
 @triton.jit
 def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v, T, stride, Hq: tl.constexpr,
-                       Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr,
-                       BT: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                       Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+                       BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H + 1, B). A program owns BT tokens of one head; the last of the H + 1, those of the values."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     H: tl.constexpr = Hq + Hk
     if head == H:  # values: the second half of their channels comes from the token before
         HALF_V: tl.constexpr = Hk * h // 2
-        for c0 in range(0, Hk * h, 2 * BP):
-            column = c0 + tl.arange(0, 2 * BP)
+        for c0 in range(0, Hk * h, block_of(h)):
+            column = c0 + tl.arange(0, block_of(h))
             late = column >= HALF_V
             row = t[:, None] - late[None, :].to(tl.int32)
             inside = (t < T)[:, None] & (column < Hk * h)[None, :]
@@ -400,12 +403,12 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
             x = tl.where(row < 0, before[None, :], x)
             store_rows(v, Hk * h, b, t, T, column, Hk * h, x)
     else:
-        c1, c2 = pairs(HALF, h, BP)
+        c1, c2 = pairs(HALF, h)
         x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
         norm = at_least_eps(tl.sqrt(tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)))
         scale = (load_length(temp, head, Hq, h) / norm)[:, None]
         x1, x2 = x1 * scale, x2 * scale
-        cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, BP), HALF)
+        cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, block_of(h // 2)), HALF)
         if head < Hq:
             out, width, first, end = q, Hq * h, head * h, (head + 1) * h
         else:
@@ -417,8 +420,7 @@ def cca_forward_kernel(qkv, past, v_before, filters, bias, temp, cos, sin, q, k,
 @triton.jit
 def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad, partial, T, stride,
                              Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr,
-                             TAPS: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-                             BK: tl.constexpr):  # fmt: skip
+                             TAPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H, B): from the gradients of q and k to that of the convolutions' and the mean's sum, (B, T, C).
 
     partial (B * T / BT, H, h + 1): a program's sums over its tokens for the bias, and in the last column for temp (of
@@ -426,7 +428,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
     """
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    c1, c2 = pairs(HALF, h, BP)
+    c1, c2 = pairs(HALF, h)
     H: tl.constexpr = Hq + Hk
     # The forward pass again, to the direction of x (a unit vector a token) and its norm
     x1, x2 = head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq, Hk, h, TAPS, BK)
@@ -440,7 +442,7 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
         given, width, first, end = grad_k, Hk * h, (head - Hq) * h, (head - Hq + 1) * h
     y1 = load_rows(given, width, b, t, T, first + c1, end).to(tl.float32)
     y2 = load_rows(given, width, b, t, T, first + c2, end).to(tl.float32)
-    cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, BP), HALF)
+    cosine, sine = load_angles(cos, sin, t, T, tl.arange(0, block_of(h // 2)), HALF)
     g1, g2 = y1 * cosine + y2 * sine, y2 * cosine - y1 * sine
     along, length = tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1), load_length(temp, head, Hq, h)
     lost, scale = tl.where(raw_norm > EPS, along, 0.0)[:, None], (length / norm)[:, None]
@@ -456,20 +458,20 @@ def cca_norm_backward_kernel(grad_q, grad_k, qkv, past, filters, bias, temp, cos
 @triton.jit
 def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.constexpr, Hk: tl.constexpr,
                              h: tl.constexpr, HALF: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
-                             BP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                             BK: tl.constexpr):  # fmt: skip
     """Grid (T / BT, H + 1, B), as forward: the gradient of [q0 | k0 | v_current | v_delayed]."""
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     H: tl.constexpr = Hq + Hk
     if head == H:
-        for c0 in range(0, Hk * h, 2 * BP):
-            column = c0 + tl.arange(0, 2 * BP)
+        for c0 in range(0, Hk * h, block_of(h)):
+            column = c0 + tl.arange(0, block_of(h))
             row = t[:, None] + (column >= Hk * h // 2)[None, :].to(tl.int64)
             at = grad_v + b * T * Hk * h + row * (Hk * h) + column[None, :]
             x = tl.load(at, mask=(row < T) & (column[None, :] < Hk * h), other=0.0)
             store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
-        c1, c2 = pairs(HALF, h, BP)
+        c1, c2 = pairs(HALF, h)
         x1, x2 = convolve(grad, grad, filters, b, t, head, T, H * h, c1, c2, H, h, TAPS, BK, True)
         x1 += mean_with_partners(grad, b, t, head, T, H * h, c1, Hq, Hk, h, True)
         x2 += mean_with_partners(grad, b, t, head, T, H * h, c2, Hq, Hk, h, True)
@@ -479,14 +481,14 @@ def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.
 
 @triton.jit
 def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, H: tl.constexpr, h: tl.constexpr,
-                                TAPS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                                TAPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (parts, TAPS * H, h / BK): a program owns BK rows of a filter's gradient and adds up its part of the tokens.
 
     partial (parts, TAPS, H, h, h) fp32.
     """
     part, tap, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    in_, out = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BH)
-    acc = tl.zeros((BK, BH), tl.float32)
+    in_, out = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, block_of(h))
+    acc = tl.zeros((BK, out.shape[0]), tl.float32)
     for first in range(part * tokens, tl.minimum((part + 1) * tokens, N), BT):
         n = first + tl.arange(0, BT)
         ago = TAPS - 1 - tap
@@ -516,7 +518,7 @@ def cca_forward(qkv, past, v_before, filters, bias, temp, cos, sin) -> tuple[Ten
     c = cca_config(h, qkv)
     launch(
         cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
-        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2), **c,
+        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, **c,
     )  # fmt: skip
     return q, k, v
 
@@ -527,24 +529,21 @@ def cca_backward(grad_q, grad_k, grad_v, qkv, past, filters, bias, temp, cos, si
     (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
     c = cca_config(h, qkv)
     blocks = cdiv(T, c["BT"])
-    shape = dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, BP=block(h // 2))
+    shape = dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS)
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
     launch(
         cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
         partial, T, width, **shape, **c,
     )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
-    launch(
-        cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c,
-    )  # fmt: skip
+    launch(cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c)
     c = launch_config("cca_filters", num_stages=1 if qkv.dtype == torch.float32 else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
     grid = (by_part.shape[0], TAPS * H, cdiv(h, c["BK"]))
     launch(
-        cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, h=h, TAPS=TAPS,
-        BH=block(h), **c,
-    )  # fmt: skip
+        cca_filters_backward_kernel, grid, grad, qkv, past, by_part, B * T, T, width, tokens, H=H, h=h, TAPS=TAPS, **c
+    )
     return grad_qkv, by_part.sum(dim=0).to(filters.dtype), partial.sum(dim=0)
 
 
@@ -653,11 +652,11 @@ def hits(choice, n, N, e):
 
 @triton.jit
 def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden, N, R: tl.constexpr,
-                        DEEP: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): depth averaging, if DEEP, norm and the first layer -> state, normed, first and hidden (N, R)."""
-    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+                        BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): depth averaging, norm and the first layer -> state, normed, first and hidden (N, R)."""
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, block_of(R))
     x = load_matrix(r, n, N, c, R).to(tl.float32)
-    if DEEP:
+    if previous is not None:
         x += load_matrix(previous, n, N, c, R) * load_vector(gamma, c, R)[None, :]
     store_matrix(state, n, N, c, R, x)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
@@ -682,17 +681,17 @@ def router_second_kernel(hidden, W2, b2, second, thought, N, R: tl.constexpr, BT
 
 @triton.jit
 def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N, R: tl.constexpr,
-                  CLASSES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+                  CLASSES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr, BK: tl.constexpr,
                   BT: tl.constexpr):  # fmt: skip
     """Grid (N / BT): the third layer, the softmax, the choice. counts (N / BT, CLASSES) int32: how many of a program's
     tokens chose each class. slopes (N, WIDTH): d p[choice] / d logit[e] = p[choice] * ((e = choice) - p[e]), and zeros
     from CLASSES on."""
-    n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BK)
+    n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, block_of(CLASSES)), tl.arange(0, BK)
     let_the_next_start(PDL)
     w3 = load_matrix(W3, e, CLASSES, k, R, TRANSPOSED=True)  # a step ahead of its use
     bias = tl.load(balancing + e, mask=e < CLASSES, other=float("-inf"))
     wait_for_the_kernel_before(PDL)
-    z = tl.zeros((BT, BE), tl.float32)
+    z = tl.zeros((BT, e.shape[0]), tl.float32)
     for k0 in range(0, R, BK):
         z = dot(load_matrix(thought, n, N, k0 + k, R), w3, z)
         w3 = load_matrix(W3, e, CLASSES, k0 + BK + k, R, TRANSPOSED=True)
@@ -723,14 +722,14 @@ def router_layer_backward_kernel(grad, W, given, grad_given, sums, N, R: tl.cons
 
 @triton.jit
 def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, grad_r, grad_previous,
-                                 norms, N, R: tl.constexpr, DEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                                 BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and, if DEEP, of the
-    previous state. norms (N / BT, 1 + DEEP, R): sums for norm and gamma."""
-    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BR)
+                                 norms, N, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and of the previous
+    state (or None). norms (N / BT, 2, R), or 1 for the 2 without previous state: sums for norm and gamma."""
+    DEEP: tl.constexpr = previous is not None
+    n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, block_of(R))
     own, weight = norms + (1 + DEEP) * tl.program_id(0) * R + c, load_vector(norm, c, R)
     x = load_matrix(state, n, N, c, R)  # on its way during the product
-    g = tile_product(grad_first, R, n, N, W1, c, c < R, R, 1, R, BT, BR, BK)
+    g = tile_product(grad_first, R, n, N, W1, c, c < R, R, 1, R, BT, c.shape[0], BK)
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / R + eps)
     x *= inverse[:, None]
     tl.store(own, tl.sum(g * x, axis=0), mask=c < R)
@@ -755,7 +754,7 @@ def router_forward(
     c = launch_config("router_first")
     launch(
         router_first_kernel, (cdiv(N, c["BT"]),), r, previous, gamma, norm, eps, W1, b1, state, normed, first, hidden,
-        N, R=R, DEEP=previous is not None, BR=block(R), **c,
+        N, R=R, **c,
     )  # fmt: skip
     c = launch_config("router_tiles")
     grid = cdiv(N, c["BT"]), cdiv(R, c["BN"])
@@ -767,16 +766,16 @@ def router_forward(
 def last_layer_and_choice(thought, W3, balancing):
     """What choose_kernel makes of thought (N, R) -> probability, choice, counts (classes), slopes."""
     (N, R), CLASSES, c = thought.shape, len(W3), launch_config("choose")
-    programs, BE = cdiv(N, c["BT"]), block(len(W3))
+    programs = cdiv(N, c["BT"])
     probability, choice = thought.new_empty(N, dtype=torch.float32), thought.new_empty(N, dtype=torch.int64)
     counts = thought.new_empty(programs, CLASSES, dtype=torch.int32)
     width = cdiv(CLASSES, 16) * 16  # rows of 17 numbers would make the product for W3's gradient a slow one
     slopes = thought.new_empty(N, width, dtype=torch.float32)
     size = 2**15 if W3.element_size() < 4 else 2**13  # of the matrix 32 KB at a time; 8 in fp32, or sm_90 would spill
-    BK = min(block(R), max(16, size // (BE * W3.element_size())))
+    BK = min(block(R), max(16, size // (block(CLASSES) * W3.element_size())))
     launch(
         choose_kernel, (programs,), thought, W3, balancing, probability, choice, counts, slopes, N, R=R,
-        CLASSES=CLASSES, WIDTH=width, BE=BE, BK=BK, **pdl(), **c,
+        CLASSES=CLASSES, WIDTH=width, BK=BK, **pdl(), **c,
     )  # fmt: skip
     return probability, choice, counts[0] if programs == 1 else counts.sum(dim=0, dtype=torch.int32), slopes
 
@@ -798,14 +797,14 @@ def router_backward(
         STRIDE=slopes.shape[1], **launch_config("router_tiles", BK=block(len(W3))),
     )  # fmt: skip
     launch(
-        router_layer_backward_kernel, grid, grad_second, W2, first, grad_first, biases[0], N, R=R, K=R, STRIDE=R, **c,
-    )  # fmt: skip
+        router_layer_backward_kernel, grid, grad_second, W2, first, grad_first, biases[0], N, R=R, K=R, STRIDE=R, **c
+    )
     c = launch_config("router_first_backward")
     grad_r, grad_previous = torch.empty_like(state, dtype=dtype), state.new_empty(N if deep else 0, R)
     norms = state.new_empty(cdiv(N, c["BT"]), 1 + deep, R)
     launch(
         router_first_backward_kernel, norms.shape[:1], grad_first, W1, grad_state, state, previous, gamma, norm, eps,
-        grad_r, grad_previous, norms, N, R=R, DEEP=deep, BR=block(R), **c,
+        grad_r, grad_previous, norms, N, R=R, **c,
     )  # fmt: skip
     d_W3 = (grad_logits.t() @ thought)[: len(W3)]
     d_W1, d_W2 = grad_first.t() @ normed, grad_second.t() @ hidden
@@ -853,9 +852,9 @@ def route(r, previous, gamma, norm, eps, fc1, fc2, out, balancing):
 
 
 @triton.jit
-def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+def count_kernel(choice, counts, N, E: tl.constexpr, BT: tl.constexpr):
     """Grid (N / BT). counts (E, N / BT) int32."""
-    n, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BE)
+    n, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, block_of(E))
     expert = tl.load(choice + n, mask=n < N, other=0).to(tl.int32)
     tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), hits(expert, n, N, e), mask=e < E)
 
@@ -876,12 +875,12 @@ def dispatch_kernel(x, choice, counts, ends, sorted_x, place, N, D, BT: tl.const
 
 
 @triton.jit
-def combine_kernel(y, place, probability, out, N, D, WEIGHTED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Grid (N / BT, D / BD): out[n] = y[place[n]], times probability[n] if WEIGHTED."""
+def combine_kernel(y, place, probability, out, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    """Grid (N / BT, D / BD): out[n] = y[place[n]], times probability[n] (or not, for None)."""
     n, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     row = tl.load(place + n, mask=n < N, other=N)
     rows = load_matrix(y, row, N, d, D)
-    if WEIGHTED:
+    if probability is not None:
         rows = rows * load_vector(probability, n, N)[:, None]
     store_matrix(out, n.to(tl.int64), N, d, D, rows)
 
@@ -907,7 +906,7 @@ def dispatch(x, choice, E: int) -> tuple[Tensor, Tensor, Tensor]:
     BT, BD = c["BT"], c["BD"]
     blocks = max(1, cdiv(N, BT))
     counts = choice.new_empty(E, blocks, dtype=torch.int32)
-    launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, BE=block(E), num_warps=4, num_stages=1)
+    launch(count_kernel, (blocks,), choice, counts, N, E=E, BT=BT, num_warps=4, num_stages=1)
     ends = counts.flatten().cumsum(dim=0, dtype=torch.int64)
     sorted_x, place = torch.empty_like(x), torch.empty_like(choice)
     launch(dispatch_kernel, (blocks, cdiv(D, BD)), x, choice, counts, ends, sorted_x, place, N, D, **c)
@@ -919,7 +918,7 @@ def combine(y, place, probability: Tensor | None) -> Tensor:
     """As zaya.combine; without probabilities only the rows move."""
     (N, D), c, out = y.shape, launch_config("dispatch"), torch.empty_like(y)
     grid = (cdiv(N, c["BT"]), cdiv(D, c["BD"]))
-    launch(combine_kernel, grid, y, place, probability, out, N, D, WEIGHTED=probability is not None, **c)
+    launch(combine_kernel, grid, y, place, probability, out, N, D, **c)
     return out
 
 
@@ -968,21 +967,22 @@ combine.register_autograd(combine_gradient, setup_context=save_inputs)
 
 
 @triton.jit
-def tiles_by_expert(offsets, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+def tiles_by_expert(offsets, E: tl.constexpr, BM: tl.constexpr):
     """Where each expert's rows start and end, and how many tiles they make, (BE) each."""
-    e = tl.arange(0, BE)
+    e = tl.arange(0, block_of(E))
     end = tl.load(offsets + e, mask=e < E, other=0)
     start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
     return start, end, tl.cdiv(end - start, BM)
 
 
 @triton.jit
-def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, BAND: tl.constexpr):
+def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr):
     """A tile's expert, its first row, how many rows that expert has from there on, and the number of its column tile.
 
     Tiles are numbered down BAND row tiles of one column, then of the next, and only then come the next BAND: programs
     that run at one time share weights and rows.
     """
+    BAND: tl.constexpr = 8
     last = tl.cumsum(tiles, axis=0)
     band = tile // (BAND * columns)
     height = tl.minimum(tl.sum(tiles, axis=0) - band * BAND, BAND)
@@ -996,8 +996,8 @@ def find_tile(start, end, tiles, tile, columns, BM: tl.constexpr, BAND: tl.const
 
 
 @triton.jit
-def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl.constexpr, KEEP: tl.constexpr,
-                  BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """act = silu(gate) * up with [gate | up] = x @ weight[expert].T. KEEP: `hidden` (N, F, 2) gets each unit's gate and
     up, side by side.
 
@@ -1006,9 +1006,9 @@ def swiglu_kernel(x, weight, offsets, hidden, act, D, F, E: tl.constexpr, BE: tl
     """
     UNITS: tl.constexpr = BN // 2
     columns, m, c = tl.cdiv(F, UNITS), tl.arange(0, BM), tl.arange(0, BN)
-    starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
+    starts, ends, tiles = tiles_by_expert(offsets, E, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM)
         unit = column_tile * UNITS + c // 2
         w = weight + expert * 2 * F * D
         acc = tile_product(x + row * D, D, m, rows, w, c % 2 * F + unit, unit < F, D, D, 1, BM, BN, BK)
@@ -1035,16 +1035,16 @@ def swiglu_backward_kernel(grad, hidden, act, grad_hidden, N, F, BT: tl.constexp
 
 
 @triton.jit
-def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, E: tl.constexpr, BE: tl.constexpr,
-                   BAND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def grouped_kernel(x, weight, offsets, out, K, M, stride_e, stride_m, stride_k, E: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out (N, M) = x (N, K) @ weight[expert].T, weight (E, M, K) by its strides.
 
     Grid (EXPERT_PROGRAMS or fewer). A tile is BM rows of one expert and BN columns.
     """
     columns, m = tl.cdiv(M, BN), tl.arange(0, BM)
-    starts, ends, tiles = tiles_by_expert(offsets, E, BE, BM)
+    starts, ends, tiles = tiles_by_expert(offsets, E, BM)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * columns, tl.num_programs(0)):
-        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM, BAND)
+        expert, row, rows, column_tile = find_tile(starts, ends, tiles, tile, columns, BM)
         c = column_tile * BN + tl.arange(0, BN)
         w = weight + expert * stride_e
         acc = tile_product(x + row * K, K, m, rows, w, c, c < M, K, stride_m, stride_k, BM, BN, BK)
@@ -1078,7 +1078,7 @@ def tiles_of(kernel, x, M, E):
     """The grid of a kernel that shares its tiles out, no more programs than there can be tiles, and its constants."""
     N, c = x.shape[0], grouped_config(kernel, x)  # len(x) would be a constant to torch.compile
     most = (cdiv(N, c["BM"]) + E) * cdiv(M, c["BN"])
-    return (min(for_this_gpu(EXPERT_PROGRAMS), most),), dict(E=E, BE=next_power_of_2(E), BAND=8) | c
+    return (min(for_this_gpu(EXPERT_PROGRAMS), most),), dict(E=E) | c
 
 
 def grouped_linear(x, weight, offsets):
@@ -1414,10 +1414,9 @@ def turn(x, cosine, sine, HALF: tl.constexpr):
 @triton.jit
 def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, temp, cos, sin, q, S, SIZE: tl.constexpr,
                     Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr, HALF: tl.constexpr, TAPS0: tl.constexpr,
-                    TAPS1: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
-                    BK: tl.constexpr):  # fmt: skip
+                    TAPS1: tl.constexpr, PDL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (H + 1, B): one head of one text's new token; the last of the H + 1, its values. recent (B, SIZE, width)."""
-    head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BH)
+    head, b, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, block_of(h))
     H: tl.constexpr = Hq + Hk
     WIDTH: tl.constexpr = (H + Hk) * h
     let_the_next_start(PDL)
@@ -1426,7 +1425,7 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
     if head == H:
         wait_for_the_kernel_before(PDL)
         newest, before = recent + position % SIZE * WIDTH, recent + (position + SIZE - 1) % SIZE * WIDTH
-        for c0 in range(0, Hk * h, BH):
+        for c0 in range(0, Hk * h, block_of(h)):
             column = c0 + c
             late, inside = column >= Hk * h // 2, column < Hk * h
             x = tl.load(qkv + H * h + column, mask=inside, other=0.0)
@@ -1446,8 +1445,9 @@ def cca_step_kernel(qkv, recent, cache_k, cache_v, end, w, w_bias, W, W_bias, te
         GROUP: tl.constexpr = Hq // Hk
         own = tl.load(qkv + head * h + c, mask=c < h, other=0.0)
         first, sharers = tl.where(head < Hq, Hq + head // GROUP, (head - Hq) * GROUP), tl.where(head < Hq, 1, GROUP)
-        partners = load_matrix(qkv + first * h, tl.arange(0, BG), sharers, c, h).to(tl.float32)
-        acc = tl.zeros((BH,), tl.float32)
+        g = tl.arange(0, triton.next_power_of_2(GROUP))
+        partners = load_matrix(qkv + first * h, g, sharers, c, h).to(tl.float32)
+        acc = tl.zeros((c.shape[0],), tl.float32)
         for j0 in range(0, h * TAPS1, BK):
             j = j0 + tl.arange(0, BK)
             column, newest = head * h + j // TAPS1, (j < h * TAPS1) & (j % TAPS1 == TAPS1 - 1)
@@ -1474,7 +1474,7 @@ def cca_step_forward(qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos,
     launch(
         cca_step_kernel, (H + 1, B), qkv, recent_, k_, v_, end, w, w_bias, W, W_bias, temp, cos, sin, q, S,
         SIZE=recent_.shape[1], Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS0=w.shape[2], TAPS1=W.shape[2],
-        BG=next_power_of_2((H - Hk) // Hk), BH=block(h), **pdl(), **c,
+        **pdl(), **c,
     )  # fmt: skip
     return q
 
@@ -1530,9 +1530,9 @@ def experts_of_few(x, probability, choice, gate_up, down) -> Tensor:
 
 
 @triton.jit
-def load_keys_values(k, v, s0, end, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr):
+def load_keys_values(k, v, s0, end, Hk: tl.constexpr, h: tl.constexpr, BS: tl.constexpr):
     """Keys and values (BS, BH) of positions s0 to end."""
-    s, c = s0 + tl.arange(0, BS), tl.arange(0, BH)
+    s, c = s0 + tl.arange(0, BS), tl.arange(0, block_of(h))
     at, inside = s.to(tl.int64)[:, None] * (Hk * h) + c[None, :], (s < end)[:, None] & (c < h)[None, :]
     return tl.load(k + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
 
@@ -1549,15 +1549,14 @@ def attend_block(acc, total, largest, queries, keys, values, s, stop, scale):
 
 @triton.jit
 def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-                          SPLITS: tl.constexpr, PDL: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
-                          BH: tl.constexpr):  # fmt: skip
+                          SPLITS: tl.constexpr, PDL: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     """Grid (SPLITS, B * Hk): one part of the past for the queries that share a key head.
 
     partial (B, Hq, SPLITS, h + 2) fp32: the sum of values, the largest score, the sum of exp(score - largest).
     """
     split, b, head = tl.program_id(0), tl.program_id(1) // Hk, tl.program_id(1) % Hk
     GROUP: tl.constexpr = Hq // Hk
-    g, c = tl.arange(0, BG), tl.arange(0, BH)
+    g, c = tl.arange(0, block_of(GROUP)), tl.arange(0, block_of(h))
     let_the_next_start(PDL)
     now = tl.load(end).to(tl.int32)
     first = tl.maximum(now - window, 0)
@@ -1569,18 +1568,18 @@ def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.conste
     k, v = k + b.to(tl.int64) * S * Hk * h + head * h, v + b.to(tl.int64) * S * Hk * h + head * h
     # The first block but for the newest position, which the kernel before still writes
     s = start + tl.arange(0, BS)
-    keys, values = load_keys_values(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS, BH)
+    keys, values = load_keys_values(k, v, start, tl.minimum(stop, now - 1), Hk, h, BS)
     wait_for_the_kernel_before(PDL)
     newest, is_newest = (now - 1).to(tl.int64) * Hk * h + c, (s == now - 1)[:, None]
     queries = tl.load(q + query[:, None] * h + c[None, :], mask=mine, other=0.0)
     key, value = tl.load(k + newest, mask=c < h, other=0.0), tl.load(v + newest, mask=c < h, other=0.0)
-    acc, total = tl.zeros((BG, BH), tl.float32), tl.zeros((BG,), tl.float32)
-    largest = tl.full((BG,), float("-inf"), tl.float32)
+    acc, total = tl.zeros((g.shape[0], c.shape[0]), tl.float32), tl.zeros((g.shape[0],), tl.float32)
+    largest = tl.full((g.shape[0],), float("-inf"), tl.float32)
     if start < stop:
         keys, values = tl.where(is_newest, key[None, :], keys), tl.where(is_newest, value[None, :], values)
         acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     for s0 in range(start + BS, stop, BS):
-        keys, values = load_keys_values(k, v, s0, stop, Hk, h, BS, BH)
+        keys, values = load_keys_values(k, v, s0, stop, Hk, h, BS)
         s = s0 + tl.arange(0, BS)
         acc, total, largest = attend_block(acc, total, largest, queries, keys, values, s, stop, scale)
     own = partial + (query * SPLITS + split) * (h + 2)
@@ -1590,9 +1589,9 @@ def flash_decoding_kernel(q, k, v, end, partial, S, scale, window, Hq: tl.conste
 
 
 @triton.jit
-def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BH: tl.constexpr):
+def join_splits_kernel(partial, out, h: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """Grid (B * Hq): the parts of a query's attention, each by its weight, 0 for an empty one (its largest is -inf)."""
-    s, c = tl.arange(0, SPLITS), tl.arange(0, BH)
+    s, c = tl.arange(0, SPLITS), tl.arange(0, block_of(h))
     let_the_next_start(PDL)
     wait_for_the_kernel_before(PDL)
     own = partial + (tl.program_id(0) * SPLITS + s) * (h + 2)
@@ -1610,12 +1609,12 @@ def attend_past(q, k, v, end, window: int | None = None) -> Tensor:
     # About 512 programs in all, no more parts than join_splits_kernel holds, none below 128 positions of a full cache
     splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
-    shape = dict(h=h, SPLITS=splits, BH=block(h)) | pdl()
+    shape = dict(h=h, SPLITS=splits) | pdl()
     most = max(16, 2**15 // (block(h) * k.element_size()))  # keys and values of at most 32 KB each
     c = launch_config("flash_decoding", BS=most)
     launch(
         flash_decoding_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
-        Hq=Hq, Hk=Hk, BG=block(Hq // Hk), **shape, **c,
+        Hq=Hq, Hk=Hk, **shape, **c,
     )  # fmt: skip
     warps = 8 if splits * block(h) > 2**13 else 4
     launch(join_splits_kernel, (B * Hq,), partial, out, **shape, num_warps=warps, num_stages=1)
