@@ -224,9 +224,11 @@ def load_vector(vector, at, size):
 
 @triton.jit
 def load_matrix(matrix, row, rows, column, columns, TRANSPOSED: tl.constexpr = False):
-    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges -> (row's size, column's), or that
-    TRANSPOSED."""
-    row, column = (row[None, :], column[:, None]) if TRANSPOSED else (row[:, None], column[None, :])
+    """matrix[row, column] of a contiguous (rows, columns) one, 0 beyond its edges. TRANSPOSED: it lies there as
+    (columns, rows)."""
+    row, column = row[:, None], column[None, :]
+    if TRANSPOSED:
+        return tl.load(matrix + column * rows + row, mask=(column < columns) & (row < rows), other=0.0)
     return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
 
 
@@ -322,22 +324,16 @@ def convolve(rows, past, filters, b, t, head, T, stride, c1, c2, H: tl.constexpr
         row = t + (TAPS - 1 - tap) if BACKWARD else t - (TAPS - 1) + tap
         x = load_rows(rows, stride, b, row, T, head * h + k, (head + 1) * h)
         w = filters + (tap * H + head) * h * h
-        acc1 = dot(x, load_filter(w, k, c1, h, BACKWARD), acc1)
-        acc2 = dot(x, load_filter(w, k, c2, h, BACKWARD), acc2)
+        acc1 = dot(x, load_matrix(w, k, h, c1, h, TRANSPOSED=BACKWARD), acc1)
+        acc2 = dot(x, load_matrix(w, k, h, c2, h, TRANSPOSED=BACKWARD), acc2)
     if not BACKWARD:  # and what the cache remembers of before the first token, or zeros: seldom, so not in that loop
         for step in range(tl.where(tl.min(t) < TAPS - 1, (TAPS - 1) * STEPS, 0)):
             tap, k = step // STEPS, step % STEPS * BK + tl.arange(0, BK)
             x = load_rows(past, H * h, b, t + tap, TAPS - 1, head * h + k, (head + 1) * h)
             w = filters + (tap * H + head) * h * h
-            acc1 = dot(x, load_filter(w, k, c1, h, False), acc1)
-            acc2 = dot(x, load_filter(w, k, c2, h, False), acc2)
+            acc1 = dot(x, load_matrix(w, k, h, c1, h), acc1)
+            acc2 = dot(x, load_matrix(w, k, h, c2, h), acc2)
     return acc1, acc2
-
-
-@triton.jit
-def load_filter(w, k, c, h: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A head's w[k, c], or w[c, k] -> (BK, BP)."""
-    return load_matrix(w, c, h, k, h, TRANSPOSED=True) if TRANSPOSED else load_matrix(w, k, h, c, h)
 
 
 @triton.jit
@@ -664,7 +660,7 @@ def router_first_kernel(r, previous, gamma, norm, eps, W1, b1, state, normed, fi
     store_matrix(normed, n, N, c, R, x)
     for u0 in range(0, R, BN):
         u = u0 + tl.arange(0, BN)
-        y = dot(x, load_matrix(W1, u, R, c, R, TRANSPOSED=True)) + load_vector(b1, u, R)[None, :]
+        y = dot(x, load_matrix(W1, c, R, u, R, TRANSPOSED=True)) + load_vector(b1, u, R)[None, :]
         store_matrix(first, n, N, u, R, y)
         store_matrix(hidden, n, N, u, R, gelu(y))
 
@@ -688,13 +684,13 @@ def choose_kernel(thought, W3, balancing, probability, choice, counts, slopes, N
     from CLASSES on."""
     n, e, k = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, block_of(CLASSES)), tl.arange(0, BK)
     let_the_next_start(PDL)
-    w3 = load_matrix(W3, e, CLASSES, k, R, TRANSPOSED=True)  # a step ahead of its use
+    w3 = load_matrix(W3, k, R, e, CLASSES, TRANSPOSED=True)  # a step ahead of its use
     bias = tl.load(balancing + e, mask=e < CLASSES, other=float("-inf"))
     wait_for_the_kernel_before(PDL)
     z = tl.zeros((BT, e.shape[0]), tl.float32)
     for k0 in range(0, R, BK):
         z = dot(load_matrix(thought, n, N, k0 + k, R), w3, z)
-        w3 = load_matrix(W3, e, CLASSES, k0 + BK + k, R, TRANSPOSED=True)
+        w3 = load_matrix(W3, k0 + BK + k, R, e, CLASSES, TRANSPOSED=True)
     z = tl.where((e < CLASSES)[None, :], z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
@@ -1064,7 +1060,7 @@ def grouped_weight_kernel(grad, x, offsets, out, M, K, BM: tl.constexpr, BN: tl.
     acc = tl.zeros((BM, BN), tl.float32)
     for n0 in range(start, end, BK):
         n = n0 + tl.arange(0, BK)
-        g = load_matrix(grad, n, end, m, M, TRANSPOSED=True)
+        g = load_matrix(grad, m, M, n, end, TRANSPOSED=True)
         acc = dot(g, load_matrix(x, n, end, c, K), acc)
     store_matrix(out + expert * M * K, m.to(tl.int64), M, c, K, acc)
 
