@@ -314,7 +314,7 @@ def pairs(HALF: tl.constexpr, h: tl.constexpr):
 
 @triton.jit
 def convolve(rows, past, filters, b, t, head, T, stride, c1, c2, H: tl.constexpr, h: tl.constexpr, TAPS: tl.constexpr,
-             BK: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+             BK: tl.constexpr, BACKWARD: tl.constexpr = False):  # fmt: skip
     """One head's sum over taps of rows[t - P + tap] @ filters[tap], P = TAPS - 1, at its channels c1 and c2, (BT, BP)
     fp32 each. BACKWARD: what leads gradients back, the sum of rows[t + P - tap] @ filters[tap].T."""
     STEPS: tl.constexpr = (h + BK - 1) // BK
@@ -338,7 +338,7 @@ def convolve(rows, past, filters, b, t, head, T, stride, c1, c2, H: tl.constexpr
 
 @triton.jit
 def mean_with_partners(rows, b, t, head, T, stride, c, Hq: tl.constexpr, Hk: tl.constexpr, h: tl.constexpr,
-                       BACKWARD: tl.constexpr):  # fmt: skip
+                       BACKWARD: tl.constexpr = False):  # fmt: skip
     """The q-k mean of channels c of a head: half of itself, and half of its key or of its queries' mean. BACKWARD, each
     query gets 1 / GROUP of its key's gradient, and the key all of its queries'."""
     GROUP: tl.constexpr = Hq // Hk
@@ -356,13 +356,9 @@ def mean_with_partners(rows, b, t, head, T, stride, c, Hq: tl.constexpr, Hk: tl.
 def head_sum(qkv, past, filters, bias, b, t, head, T, stride, c1, c2, Hq: tl.constexpr, Hk: tl.constexpr,
              h: tl.constexpr, TAPS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """A head before its norm, in its halves: convolution, bias and q-k mean -> (BT, BP) fp32 each."""
-    x1, x2 = convolve(qkv, past, filters, b, t, head, T, stride, c1, c2, Hq + Hk, h, TAPS, BK, False)
-    x1 += load_vector(bias + head * h, c1, h)[None, :] + mean_with_partners(
-        qkv, b, t, head, T, stride, c1, Hq, Hk, h, False
-    )
-    x2 += load_vector(bias + head * h, c2, h)[None, :] + mean_with_partners(
-        qkv, b, t, head, T, stride, c2, Hq, Hk, h, False
-    )
+    x1, x2 = convolve(qkv, past, filters, b, t, head, T, stride, c1, c2, Hq + Hk, h, TAPS, BK)
+    x1 += load_vector(bias + head * h, c1, h)[None, :] + mean_with_partners(qkv, b, t, head, T, stride, c1, Hq, Hk, h)
+    x2 += load_vector(bias + head * h, c2, h)[None, :] + mean_with_partners(qkv, b, t, head, T, stride, c2, Hq, Hk, h)
     return x1, x2
 
 
@@ -468,9 +464,9 @@ def cca_rows_backward_kernel(grad, grad_v, filters, grad_qkv, T, stride, Hq: tl.
             store_rows(grad_qkv, stride, b, t, T, H * h + column, stride, x)
     else:
         c1, c2 = pairs(HALF, h)
-        x1, x2 = convolve(grad, grad, filters, b, t, head, T, H * h, c1, c2, H, h, TAPS, BK, True)
-        x1 += mean_with_partners(grad, b, t, head, T, H * h, c1, Hq, Hk, h, True)
-        x2 += mean_with_partners(grad, b, t, head, T, H * h, c2, Hq, Hk, h, True)
+        x1, x2 = convolve(grad, grad, filters, b, t, head, T, H * h, c1, c2, H, h, TAPS, BK, BACKWARD=True)
+        x1 += mean_with_partners(grad, b, t, head, T, H * h, c1, Hq, Hk, h, BACKWARD=True)
+        x2 += mean_with_partners(grad, b, t, head, T, H * h, c2, Hq, Hk, h, BACKWARD=True)
         store_rows(grad_qkv, stride, b, t, T, head * h + c1, (head + 1) * h, x1)
         store_rows(grad_qkv, stride, b, t, T, head * h + c2, (head + 1) * h, x2)
 
@@ -499,22 +495,22 @@ def cca_filters_backward_kernel(grad, qkv, past, partial, N, T, stride, tokens, 
     store_matrix(own, in_, h, out, h, acc)
 
 
-def cca_config(h, x):
-    """Large heads, and all in fp32, need so many registers that on sm_90 the tokens of a program are fewer; and of
-    fp32's stages shared memory holds fewer."""
-    fp32 = x.dtype == torch.float32
-    return launch_config("cca_large" if fp32 or h > 128 else "cca", num_stages=2 if fp32 else None)
+def cca_constants(qkv, filters, temp, cos):
+    """Those of all kernels but the filters'. Large heads, and all in fp32, need so many registers that on sm_90 the
+    tokens of a program are fewer; and of fp32's stages shared memory holds fewer."""
+    (TAPS, H, h, _), Hk, fp32 = filters.shape, len(temp), qkv.dtype == torch.float32
+    c = launch_config("cca_large" if fp32 or h > 128 else "cca", num_stages=2 if fp32 else None)
+    return dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS) | c
 
 
 @operator
 def cca_forward(qkv, past, v_before, filters, bias, temp, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """filters (TAPS, H, h, h) in qkv's dtype, bias (C) fp32; the rest, and the results, as in zaya.cca."""
-    (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
-    q, k, v = (qkv.new_empty(B, T, heads, h) for heads in (H - Hk, Hk, Hk))
-    c = cca_config(h, qkv)
+    (B, T, width), c = qkv.shape, cca_constants(qkv, filters, temp, cos)
+    q, k, v = (qkv.new_empty(B, T, heads, c["h"]) for heads in (c["Hq"], c["Hk"], c["Hk"]))
     launch(
-        cca_forward_kernel, (cdiv(T, c["BT"]), H + 1, B), qkv, past, v_before, filters, bias, temp, cos, sin, q, k, v,
-        T, width, Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS, **c,
+        cca_forward_kernel, (cdiv(T, c["BT"]), filters.shape[1] + 1, B), qkv, past, v_before, filters, bias, temp, cos,
+        sin, q, k, v, T, width, **c,
     )  # fmt: skip
     return q, k, v
 
@@ -522,17 +518,15 @@ def cca_forward(qkv, past, v_before, filters, bias, temp, cos, sin) -> tuple[Ten
 @operator
 def cca_backward(grad_q, grad_k, grad_v, qkv, past, filters, bias, temp, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv and filters, and the sums (H, h + 1) of cca_norm_backward_kernel."""
-    (B, T, width), (TAPS, H, h, _), Hk = qkv.shape, filters.shape, len(temp)
-    c = cca_config(h, qkv)
+    (B, T, width), (TAPS, H, h, _), c = qkv.shape, filters.shape, cca_constants(qkv, filters, temp, cos)
     blocks = cdiv(T, c["BT"])
-    shape = dict(Hq=H - Hk, Hk=Hk, h=h, HALF=cos.shape[-1], TAPS=TAPS)
     grad, partial = qkv.new_empty(B, T, H * h), qkv.new_empty(B * blocks, H, h + 1, dtype=torch.float32)
     launch(
         cca_norm_backward_kernel, (blocks, H, B), grad_q, grad_k, qkv, past, filters, bias, temp, cos, sin, grad,
-        partial, T, width, **shape, **c,
+        partial, T, width, **c,
     )  # fmt: skip
     grad_qkv = torch.empty_like(qkv)
-    launch(cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **shape, **c)
+    launch(cca_rows_backward_kernel, (blocks, H + 1, B), grad, grad_v, filters, grad_qkv, T, width, **c)
     c = launch_config("cca_filters", num_stages=1 if qkv.dtype == torch.float32 else None)
     tokens = max(1024, cdiv(B * T, 32 * c["BT"]) * c["BT"])  # a part: at most 32, for each costs a write of all filters
     by_part = filters.new_empty(cdiv(B * T, tokens), TAPS, H, h, h, dtype=torch.float32)
@@ -1491,7 +1485,7 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
         wait_for_the_kernel_before(PDL)
     let_the_next_start(PDL)  # the second kernel starts after the first has waited: it can read the choice
     # (.cg: from the L2, where they are written. What a multiprocessor has in its L1 may be the last token's.)
-    expert, p = tl.load(choice + n, cache_modifier=".cg"), 1.0
+    expert = tl.load(choice + n, cache_modifier=".cg")
     if not SWIGLU:
         p = tl.load(probability + n, cache_modifier=".cg")  # here, not where it is used, so that nothing waits for it
     w, rows = weight + expert * (2 * M if SWIGLU else M) * K, tl.where(expert < E, M, 0)  # a skipped token's stay zeros
@@ -1508,10 +1502,7 @@ def expert_gemv_kernel(x, choice, weight, probability, out, E, M, K: tl.constexp
         if SWIGLU:
             up += tl.sum(matrix_up.to(tl.float32) * row, axis=1)
             matrix_up = load_matrix(w + M * K, m, rows, k0 + BK + k, K)
-    if SWIGLU:
-        tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up, mask=m < M)
-    else:
-        tl.store(out + n * M + m, acc * p, mask=m < M)
+    tl.store(out + n * M + m, acc * tl.sigmoid(acc) * up if SWIGLU else acc * p, mask=m < M)
 
 
 @operator
@@ -1606,8 +1597,7 @@ def attend_past(q, k, v, end, window: int | None = None) -> Tensor:
     splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits) | pdl()
-    most = max(16, 2**15 // (block(h) * k.element_size()))  # keys and values of at most 32 KB each
-    c = launch_config("flash_decoding", BS=most)
+    c = launch_config("flash_decoding", BS=max(16, 2**15 // (block(h) * k.element_size())))  # 32 KB of each
     launch(
         flash_decoding_kernel, (splits, B * Hk), q.contiguous(), k, v, end, partial, S, 1 / math.sqrt(h), window or S,
         Hq=Hq, Hk=Hk, **shape, **c,
