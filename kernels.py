@@ -217,9 +217,9 @@ block_of = triton.constexpr_function(block)  # the same, for kernels to call
 
 
 @triton.jit
-def load_vector(vector, at, size):
-    """vector[at] in fp32, 0 beyond its end."""
-    return tl.load(vector + at, mask=at < size, other=0.0).to(tl.float32)
+def load_vector(vector, at, size, instead=0.0):
+    """vector[at] in fp32, 0 beyond its end; where there is no vector (None), `instead`."""
+    return instead if vector is None else tl.load(vector + at, mask=at < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -229,7 +229,8 @@ def load_matrix(matrix, row, rows, column, columns, TRANSPOSED: tl.constexpr = F
     row, column = row[:, None], column[None, :]
     if TRANSPOSED:
         return tl.load(matrix + column * rows + row, mask=(column < columns) & (row < rows), other=0.0)
-    return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
+    else:
+        return tl.load(matrix + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
 
 
 @triton.jit
@@ -1291,17 +1292,6 @@ def cross_entropy(logits, targets, V, with_gradient):
 
 
 @triton.jit
-def load_affine(scale, bias, d, D):
-    """A scale and a bias (BD), 1 and 0 for None."""
-    s, b = 1.0, 0.0
-    if scale is not None:
-        s = load_vector(scale, d, D)
-    if bias is not None:
-        b = load_vector(bias, d, D)
-    return s, b
-
-
-@triton.jit
 def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new, normed, M, K, MERGE: tl.constexpr,
                 GELU: tl.constexpr, PDL: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Grid (M / BF, N): BF of the M numbers that the matrix (M, K) makes of a row of x (N, K) -> out (N, M). MERGE: x
@@ -1310,12 +1300,10 @@ def gemv_kernel(x, weight, bias, out, stream, s_r, b_r, s_o, b_o, norm, eps, new
     n, m, k = tl.program_id(1), tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF), tl.arange(0, BK)
     let_the_next_start(PDL)
     matrix = load_matrix(weight, m, M, k, K)  # the first to be asked for: it takes the longest
-    y = tl.zeros((BF,), tl.float32)
-    if bias is not None:
-        y = load_vector(bias, m, M)
+    y = load_vector(bias, m, M)
     if MERGE:
-        sr, br = load_affine(s_r, b_r, k, K)
-        so, bo = load_affine(s_o, b_o, k, K)
+        sr, br = load_vector(s_r, k, K, 1.0), load_vector(b_r, k, K)
+        so, bo = load_vector(s_o, k, K, 1.0), load_vector(b_o, k, K)
         w = load_vector(norm, k, K)
     wait_for_the_kernel_before(PDL)
     row = load_vector(x + n * K, k, K)
