@@ -607,9 +607,8 @@ def cca(qkv, past, v_before, depthwise, grouped, temp, cos, sin):
 # and another, with W1, through norm and depth averaging. The gradients of the three matrices are sums over all tokens,
 # products that torch does well.
 #
-# (One kernel forward and one backward, as this once was, read the least, but they hold so much that an H200's SM had
-# room for two programs, which mostly waited: 16,384 tokens took 51 and 114 us, where issuing all of their instructions
-# takes 17 and 35.)
+# (One kernel forward and one backward would read the least, but hold so much that an H200's SM has room for two
+# programs, which mostly wait: 16,384 tokens took 51 and 114 us, where issuing all their instructions takes 17 and 35.)
 
 
 @triton.jit
@@ -714,8 +713,8 @@ def router_layer_backward_kernel(grad, W, given, grad_given, sums, N, R: tl.cons
 @triton.jit
 def router_first_backward_kernel(grad_first, W1, grad_state, state, previous, gamma, norm, eps, grad_r, grad_previous,
                                  norms, N, R: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and of the previous
-    state (or None). norms (N / BT, 2, R), or 1 for the 2 without previous state: sums for norm and gamma."""
+    """Grid (N / BT): from the gradients of `first` and of the state (or None) to those of r and, if any, of the
+    previous state. norms (N / BT, 1 + DEEP, R): sums for norm and gamma."""
     DEEP: tl.constexpr = previous is not None
     n, c = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, block_of(R))
     own, weight = norms + (1 + DEEP) * tl.program_id(0) * R + c, load_vector(norm, c, R)
