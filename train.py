@@ -176,6 +176,8 @@ class Ranks:
                 raise ValueError(f"rank {self.rank} would take GPU {local} of this machine, which shows it {count}")
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
+        if device == "mps" and self.world > 1:
+            raise ValueError("a Mac's GPU is for one process alone (--device cpu is for several)")
         self.device, self.store, self.meeting = torch.device(device), None, None
         if "RANK" in os.environ:
             store, *_ = next(dist.rendezvous("env://"))

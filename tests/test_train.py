@@ -1232,6 +1232,14 @@ def test_more_ranks_than_gpus(tiny, call, monkeypatch, tmp_path):
     assert done.status == 2 and "would take GPU 1 of this machine, which shows it 1" in done.lines[-1]
 
 
+def test_two_ranks_on_a_macs_gpu(tiny, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = call(train, *flags(**tiny | {"device": "mps"}, out=tmp_path / "out"))
+    assert done.status == 2 and "a Mac's GPU is for one process alone" in done.lines[-1]
+
+
 def test_an_error_on_one_of_four_ranks_ends_them_all(tiny, tmp_path):
     """...though it comes in the optimizer, where the others wait for what they send each other."""
     code = f"""
