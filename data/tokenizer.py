@@ -102,6 +102,9 @@ class ForeignTokenizer:
             self.special = {name: text_of(named[name]) for name in SPECIAL if named.get(name)}
             ids = {name: self.backend.token_to_id(text) for name, text in self.special.items()}
             self.eot = ids.get("eos_token")
+            if not config.get("tokenizer_class"):  # AutoTokenizer takes Gemma's for a ZAYA1 then, and finds other ids
+                named_class = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+                self.files["tokenizer_config.json"] = json.dumps(named_class, indent=1).encode()
             template = config.get("chat_template")
             if isinstance(template, list):  # several, by name
                 template = {one["name"]: one["template"] for one in template}.get("default")

@@ -161,6 +161,22 @@ def test_foreign_tokenizer(tmp_path, monkeypatch):
         load_tokenizer(tmp_path / "far")
 
 
+@pytest.mark.parametrize("config", [None, {}, {"eos_token": "."}], ids=["no file", "nothing", "no class"])
+def test_a_foreign_tokenizer_beside_a_model_is_the_same_in_transformers(config, tmp_path):
+    """Where tokenizer_config.json names no class, the model's type would: that of ZAYA1's own, Gemma's."""
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, ".": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(tmp_path).save(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "zaya"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.encode("one two three.") == load_tokenizer(tmp_path).encode("one two three.") == [0, 1, 3, 2]
+    assert theirs.eos_token == (config or {}).get("eos_token")
+
+
 PLAIN = (  # as Gemma's
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role is not known to it') }}"
     "{% endif %}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
