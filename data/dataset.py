@@ -42,8 +42,13 @@ def make_parser(script, description, tokenizer):
                         help="tokens that bpe shall have, 257 or more; the other tokenizers have their own size")
     parser.add_argument("--val_fraction", type=in_range(float, 0.001, 0.5), default=0.1, metavar="F",
                         help="part of the bytes held out for validation, 0.001 to 0.5")
-    parser.add_argument("--out", type=Path, default=Path(script).parent, metavar="DIR", help="folder to write into")
+    parser.add_argument("--out", type=a_path, default=Path(script).parent, metavar="DIR", help="folder to write into")
     return parser
+
+
+def a_path(text):
+    """A type for argparse: a path. (Of --out=~/DIR the shell leaves ~ as it is.)"""
+    return Path(os.path.expanduser(text))
 
 
 def in_range(kind, low, high):

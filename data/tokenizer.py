@@ -193,7 +193,7 @@ def load_tokenizer(name_or_folder):
         except OSError as error:  # requests' errors are OSErrors
             raise OSError(f"gpt2's vocabulary is downloaded at first use, and that failed ({type(error).__name__}); "
                           "data/text/prepare.py with --tokenizer bpe or bytes needs no network") from None
-    folder = Path(name_or_folder)
+    folder = Path(os.path.expanduser(name_or_folder))
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"no tokenizer {name_or_folder}: neither a known name nor a folder with a tokenizer.json")

@@ -405,6 +405,15 @@ def test_single_file_ends_with_its_validation_lines(tmp_path, capsys):
     assert val.startswith("line 90\n") and val.endswith("line 99\nß\n")
 
 
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch, capsys):
+    """Where the shell leaves it, in --out=~/DIR, as train.py and sample.py read it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make("bytes").save(tmp_path / "tokenizer")
+    own_text.main([f"~/{folder.relative_to(tmp_path)}", "--tokenizer=~/tokenizer", "--out=~/out"])
+    assert (tmp_path / "out" / "meta.json").is_file() and not (tmp_path / "~").exists()
+
+
 def test_a_checkpoint_s_tokenizer_and_uint32(folder, tmp_path, capsys):
     """65,537 ids do not fit uint16; the last of them is the end of a document."""
     ranks = {bytes([b]): b for b in range(256)}

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
-from data.dataset import Parser, dtype_of, in_range, make_whole, one_line_errors, token_files
+from data.dataset import Parser, a_path, dtype_of, in_range, make_whole, one_line_errors, token_files
 from data.tokenizer import load_tokenizer, sha256
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
@@ -141,7 +141,7 @@ def main(argv=None):
                         help="shards to train on, 1 to 103, of 100 million tokens each")
     parser.add_argument("--tokenizer", default="gpt2", metavar="gpt2|DIR",
                         help="gpt2, or a folder with a tokenizer.json, such as a checkpoint, to write the text in")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="folder to write into")
+    parser.add_argument("--out", type=a_path, default=Path(__file__).parent, metavar="DIR", help="folder to write into")
     parser.add_argument("--url", default=URL, help="address of the folder with the shards")
     args = parser.parse_args(argv)
     with one_line_errors(parser):

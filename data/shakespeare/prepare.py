@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, wherever this is called from
-from data.dataset import cut, make_parser, one_line_errors, write_dataset
+from data.dataset import a_path, cut, make_parser, one_line_errors, write_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -30,7 +30,7 @@ def download(url):
 
 def main(argv=None):
     parser = make_parser(__file__, __doc__, tokenizer="chars")
-    parser.add_argument("--file", type=Path, help="a copy of the text on this machine; nothing is downloaded")
+    parser.add_argument("--file", type=a_path, help="a copy of the text on this machine; nothing is downloaded")
     parser.add_argument("--url", default=URL, help="address to download the text from")
     args = parser.parse_args(argv)
     with one_line_errors(parser):
