@@ -331,6 +331,7 @@ def bits_a_byte(writer, text):
     tokens if that is longer."""
     model, ids = writer.model, writer.tokenizer.encode(text)
     bos = model.config.bos_token_id
+    given = writer.tokenizer.decode_bytes(ids[:1]) if bos is None else b""  # what nothing predicts
     ids = ids if bos is None else [bos, *ids]
     if len(ids) < 2:
         raise ValueError("--text is too short to measure anything on")
@@ -339,8 +340,8 @@ def bits_a_byte(writer, text):
         block = torch.tensor([ids[start : start + context + 1]], device=writer.config.device)
         _, loss = model(block[:, :-1], block[:, 1:])
         nats += loss.item() * (block.shape[1] - 1)
-    predicted = len(writer.tokenizer.decode_bytes(ids[1:]))
-    return nats / math.log(2) / predicted
+    # (The text's own bytes: a tokenizer that knows no line breaks, say, would decode fewer.)
+    return nats / math.log(2) / (len(text.encode()) - len(given))
 
 
 def compare(config, prompt):

@@ -337,6 +337,15 @@ def test_bits_a_byte_are_those_of_the_loss(finished, text):
     assert sample.bits_a_byte(writer, text) == pytest.approx(bits / len(text.encode()), rel=1e-5)
 
 
+def test_bits_a_byte_count_the_bytes_of_the_text(finished, monkeypatch):
+    """Whatever the tokenizer makes of them: one that ignores case and spaces, say."""
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
+    text, encode = "3 TIMES  3 is 9", writer.tokenizer.encode
+    bits = sample.bits_a_byte(writer, "3times3is9") * len("3times3is9")
+    monkeypatch.setattr(writer.tokenizer, "encode", lambda text: encode(text.lower().replace(" ", "")))
+    assert sample.bits_a_byte(writer, text) == pytest.approx(bits / len(text))
+
+
 def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     """The model's own end of text, and the end of its turn; nothing is shown after the first of them."""
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu", num_samples=2))
