@@ -90,9 +90,9 @@ def read_prompt(prompt):
 
 
 def utf8_text(path):
-    """A file's text. ValueError if it is not UTF-8."""
+    """A file's text, line ends untouched. ValueError if it is not UTF-8."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(path).expanduser().read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -51,6 +51,12 @@ def test_a_prompt_comes_from_the_command_line_a_file_or_standard_input(write, tm
     assert len(texts) == 1
 
 
+def test_a_file_keeps_its_line_ends(tmp_path):
+    """As in the data, on which --text must give what --eval_only gives."""
+    (tmp_path / "text.txt").write_bytes(b"a\r\nb\n")
+    assert sample.utf8_text(tmp_path / "text.txt") == "a\r\nb\n"
+
+
 def test_no_prompt_is_a_text_from_its_beginning(write):
     done = write()
     assert done.status == 0 and len(done.stdout) > 1
