@@ -2101,8 +2101,8 @@ def stop_in_one_line():
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate|overflow", str(error)):
-            raise  # a bug; too little memory, on whatever device, is none
+        if isinstance(error, RuntimeError) and not re.search("allocate|overflow|home directory", str(error)):
+            raise  # a bug; too little memory, on whatever device, is none, nor is ~NAME for a user who is not there
         line = f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split()) or 'no memory'}\n"
         print(line, end="", file=sys.stderr)  # in one piece, for other ranks may print, too
         sys.exit(2)

@@ -210,6 +210,7 @@ def test_the_best_is_the_last_resort(finished, call, tmp_path):
     "wrong, named",
     [
         ({"checkpoint": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"checkpoint": "~nobody-of-that-name/out"}, "home directory"),
         ({"prompt": "FILE:nowhere/at/all"}, "nowhere/at/all"),
         ({"max_new_tokens": 0}, "--max_new_tokens"),
         ({"num_samples": 0}, "--num_samples"),
