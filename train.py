@@ -1107,10 +1107,15 @@ def model_to_tune(source, config, given):
     return model
 
 
-def starting_point(checkpoint, config, given, folder, meta, eot):
-    """(model, record) to go on from: the checkpoint to resume, or a model to tune or a fresh one at step 0. The record
-    is what checkpoints keep of a run beside its tensors. Raises ValueError if the data's tokens are not the model's."""
+def starting_point(checkpoint, config, given, folder, meta):
+    """(model, tokenizer, record) to go on from: the checkpoint to resume, or a model to tune or a fresh one at step 0.
+    The record is what checkpoints keep of a run beside its tensors. Raises ValueError if the data's tokens are not the
+    model's."""
     source = checkpoint or (None if config.init_from is None else find_checkpoint(config.init_from))
+    brings_its_own = source and (source / "tokenizer.json").is_file()
+    if brings_its_own:
+        refuse_other_tokens(folder, source)
+    tokenizer = load_tokenizer(source if brings_its_own else folder)  # the model's own may know how to chat
     record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
     if checkpoint:
         model, record = Zaya.from_pretrained(checkpoint, dtype=torch.float32), read_json(checkpoint / "trainer.json")
@@ -1120,12 +1125,10 @@ def starting_point(checkpoint, config, given, folder, meta, eot):
         raise ValueError("--eval_only needs a checkpoint: --init_from DIR, or --resume and a run's --out")
     else:
         torch.manual_seed(config.seed)
-        model = Zaya(model_config(config, given, meta["vocab_size"], eot))
-    if source and (source / "tokenizer.json").is_file():
-        refuse_other_tokens(folder, source)
+        model = Zaya(model_config(config, given, meta["vocab_size"], tokenizer.eot))
     if meta["vocab_size"] > model.config.vocab_size:
         raise ValueError(f"--data has {meta['vocab_size']} token ids, the model knows {model.config.vocab_size}")
-    return model, record
+    return model, tokenizer, record
 
 
 def note_data(record, folder, training, config, ranks):
@@ -1280,9 +1283,8 @@ def main():
 
     # Data, model, optimizer
     folder, meta = open_data(config.data, ranks)
-    tokenizer = load_tokenizer(folder)
     checkpoint = checkpoint_to_resume(out, ranks) if resuming else None
-    model, record = starting_point(checkpoint, config, given, folder, meta, tokenizer.eot)
+    model, tokenizer, record = starting_point(checkpoint, config, given, folder, meta)
     resolve_defaults(config, model, ranks)
     training, validation = (Tokens(folder, name, config.block_size, config.seed, meta) for name in ("train", "val"))
     note_data(record, folder, training, config, ranks)

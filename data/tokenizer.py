@@ -237,7 +237,8 @@ def to_json(pattern, ranks, special):
 
 
 def from_json(spec, folder):
-    """The Tokenizer of a tokenizer.json that is ours, else None. Ours is what to_json would write again the same."""
+    """The Tokenizer of a tokenizer.json that is ours, else None. Ours is what to_json would write again the same, and
+    has no chat template."""
     try:
         if spec["model"]["type"] == "WordLevel":
             name, pattern = "chars", ONE_CHARACTER
@@ -253,12 +254,15 @@ def from_json(spec, folder):
         ours = False
     if not ours or name == "bpe" and not all(bytes([b]) in ranks for b in range(256)):
         return None
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
+    path, config = folder / "tokenizer_config.json", {}
+    if path.is_file():
         try:
-            name = json.loads(config.read_text("utf-8")).get("name", name)
+            config = json.loads(path.read_text("utf-8"))
+            name = config.get("name", name)
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged: {error}") from None
+    if (folder / "chat_template.jinja").is_file() or "chat_template" in config:
+        return None  # for ForeignTokenizer, which knows what to do with one
     return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 

@@ -240,6 +240,19 @@ def test_turns_are_what_transformers_makes_of_the_template(tmp_path, template, e
     assert bos not in ours.encode("<bos>a")  # elsewhere special tokens in a text stay text
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_our_own_tokenizer_with_somebodys_chat_template(place, tmp_path):
+    """Beside a model of ours, say, that learned to chat elsewhere."""
+    make("bytes").save(tmp_path)
+    template = "{% for message in messages %}" + f"{{{{ message.content }}}}{EOT}" + "{% endfor %}"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / place).write_text(json.dumps(config) if place.endswith("json") else template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.name, *tokenizer.turns("hé")) == ("bytes", [*"hé".encode(), 256], 256)
+    tokenizer.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / place).read_bytes() == (tmp_path / place).read_bytes()
+
+
 def test_of_several_templates_the_default_is_taken(tmp_path):
     """And of special tokens' texts those of the older file, too."""
     folder = chatting(tmp_path / "chat", "")

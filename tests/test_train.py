@@ -598,6 +598,15 @@ def test_init_from_goes_on_with_the_weights_in_a_run_of_its_own(finished, tiny_d
     assert (config.hidden_size, config.rope_theta, config.max_position_embeddings) == (32, 5e4, 24)
 
 
+def test_init_from_keeps_a_chat_template(finished, tiny_data, call, tmp_path):
+    start = shutil.copytree(finished.out / "step-0000006", tmp_path / "start")
+    (start / "trainer.json").unlink()  # which knows of no such file
+    (start / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    done = call(train, *flags(**RUN | {"data": tiny_data, "init_from": start, "out": tmp_path / "out", "steps": 1}))
+    assert done.status == 0
+    assert (tmp_path / "out" / "step-0000001" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
 def test_init_from_takes_a_presets_recipe_but_not_its_model(finished, tiny_data, call, tmp_path):
     done = call(train, *flags(
         data=tiny_data, init_from=finished.out, preset="zaya1-8b", out=tmp_path, steps=1, batch_size=2, block_size=16,
