@@ -2091,7 +2091,7 @@ def stop_in_one_line():
             os.fstat(descriptor)
         except OSError:  # closed: the next file that is opened would get its number, and be written our messages
             os.open(os.devnull, os.O_RDWR)
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor has None
         sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:
         try:

@@ -64,7 +64,7 @@ def in_range(kind, low, high):
 @contextmanager
 def one_line_errors(parser):
     """What a user can cause ends in one line; anything else is a bug and keeps its traceback."""
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not, nor has None
         sys.stdout.reconfigure(errors="replace")  # by a question mark what the terminal has no character for
     try:
         yield

@@ -1,7 +1,9 @@
 """What a user gets wrong ends in one clear line, which names it, and exit status 2: no traceback, nothing written."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from conftest import command, flags, what_was_learned
 import sample
 import train
 import zaya
+from data.dataset import one_line_errors
 from zaya import Zaya, load_safetensors, read_json, save_safetensors
 
 TABLE = SimpleNamespace(__file__=zaya.__file__, main=zaya.cost_table)  # `python zaya.py`
@@ -255,6 +258,14 @@ def test_sample_names_a_tokenizer_that_is_damaged(damage, finished, call, tmp_pa
     checkpoint = shutil.copytree(finished.out / "best", tmp_path / "best")
     damage(checkpoint / "tokenizer_config.json")
     assert_refused(call(sample, "--checkpoint", checkpoint), checkpoint / "tokenizer_config.json")
+
+
+def test_a_notebooks_stream(monkeypatch):
+    """%run of a script: there stdout is no file."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with zaya.stop_in_one_line(), one_line_errors(None):
+        print("é")
+    assert sys.stdout.getvalue() == "é\n"
 
 
 def test_streams_that_are_closed(finished, call, monkeypatch):
