@@ -64,7 +64,8 @@ def restore():
 
 
 def results_and_gradients(choice, name, args):
-    """What zaya's function returns by eager PyTorch or Triton, and the gradients of all arguments that have one."""
+    """What zaya's function returns by eager PyTorch or Triton, and the gradients of all arguments that have one. (Those
+    of the results are not contiguous.)"""
     zaya.use_kernels(choice)
     results = getattr(zaya, name)(*args)
     results = results if isinstance(results, tuple) else (results,)
@@ -72,7 +73,7 @@ def results_and_gradients(choice, name, args):
     if not outputs:
         return results, ()
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in outputs]
+    grads = [torch.randn(*r.shape, 2, generator=generator).to(r.dtype)[..., 0] for r in outputs]
     return results, torch.autograd.grad(outputs, leaves, grads)
 
 
@@ -87,7 +88,9 @@ def test_float32(shape, name):
     args = arguments(shape, name, torch.float32)
     eager, twin = (results_and_gradients(choice, name, args) for choice in ("eager", "triton"))
     for theirs, ours in zip(eager[0] + eager[1], twin[0] + twin[1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=theirs.is_floating_point())
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=theirs.dtype != torch.int64)
+    for leaf, gradient in zip([t for t in tensors_in(args) if t.requires_grad], twin[1]):
+        assert gradient.stride() == leaf.stride()  # or DistributedDataParallel warns
 
 
 @pytest.mark.parametrize("shape, name", [c for c in COMBINATIONS if c[0] in ("tails", "head of 32", "odd widths")])
@@ -103,6 +106,15 @@ def test_float16(shape, name):
             assert error <= 2 * max(allowed, 2**-11 if true.numel() < 16 else 1e-7)
         else:
             assert ours.equal(theirs.to(ours.dtype))
+
+
+@pytest.mark.parametrize("name, count", dict(cca=3, cross_entropy=2, product=1, cca_step=1, attend_past=1).items())
+@torch.no_grad()
+def test_arguments_that_are_not_contiguous(name, count):
+    args = arguments("tails", name, torch.float32)
+    strided = *(torch.stack([t, t], dim=-1)[..., 0] for t in args[:count]), *args[count:]
+    theirs, ours = (results_and_gradients("triton", name, given)[0] for given in (args, strided))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_a_text_in_several_parts():
