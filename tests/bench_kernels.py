@@ -37,7 +37,7 @@ def cases(config, B, T, device, dtype):
 
     c, N, P = config, B * T, config.past_tokens
     D, E, F, R, h = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.router_hidden_size, c.head_dim
-    Hq, Hk, V, fp32 = c.num_attention_heads, c.num_key_value_heads, c.vocab_size, torch.float32
+    Hq, Hk, V, fp32, eps = c.num_attention_heads, c.num_key_value_heads, c.vocab_size, torch.float32, 1e-3
     C, size = (Hq + Hk) * h, torch.empty((), dtype=dtype).element_size()
     angles = torch.rand(T, 1, c.rotary_dim // 2, device=device)
     choice = torch.randint(E, (N,), device=device)
@@ -61,7 +61,7 @@ def cases(config, B, T, device, dtype):
             2 * qkv.numel() * size, 2 * N * C * h * c.cca_time1, 3 * qkv.numel() * size, 4 * N * C * h * c.cca_time1,
         ),
         "route": (
-            (random(N, R), random(N, R, dtype=fp32), random(R, dtype=fp32), random(R, dtype=fp32), 1e-5,
+            (random(N, R), random(N, R, dtype=fp32), random(R, dtype=fp32), random(R, dtype=fp32), eps,
              (W1, random(R)), (W2, random(R)), W3, random(E + 1, dtype=fp32, scale=0.01, grad=False)),
             N * R * (size + 8), 2 * N * R * (2 * R + E + 1), N * R * (size + 16), 4 * N * R * (2 * R + E + 1),
         ),
@@ -74,7 +74,7 @@ def cases(config, B, T, device, dtype):
             (rows, choice.argsort(stable=True), random(N, dtype=fp32)), 2 * N * D * size, 0, 3 * N * D * size, 0
         ),
         "merge": (
-            (random(1, N, D, dtype=fp32), random(1, N, D), *scales, 1e-5),
+            (random(1, N, D, dtype=fp32), random(1, N, D), *scales, eps),
             N * D * (8 + 2 * size), 0, N * D * (12 + 3 * size), 0,
         ),
         "cross_entropy": (
@@ -86,7 +86,7 @@ def cases(config, B, T, device, dtype):
         ),
         "merged_product": (
             (random(1, D, dtype=fp32, grad=False), random(1, D, grad=False), *(scale.detach() for scale in scales),
-             1e-5, random(C + Hk * h, D, scale=D**-0.5, grad=False), random(C + Hk * h, grad=False)),
+             eps, random(C + Hk * h, D, scale=D**-0.5, grad=False), random(C + Hk * h, grad=False)),
             (C + Hk * h) * D * size, 2 * (C + Hk * h) * D, 0, 0,
         ),
         "cca_step": (

@@ -108,6 +108,35 @@ def test_float16(shape, name):
             assert ours.equal(theirs.to(ours.dtype))
 
 
+@pytest.mark.parametrize("scale", [1, 1000])  # of the logits
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])  # without one, nine tokens are few
+def test_route_in_all_its_ways(gradient, deep, scale):
+    """...with biases that are all negative; and with a gradient for the state alone."""
+    r, *depth_averaging, norm, _, fc1, fc2, W3, biases = arguments("wide rows", "route", torch.float32)
+    depth_averaging = depth_averaging if deep else (None, None)
+    args = r.requires_grad_(gradient), *depth_averaging, norm, 0.1, fc1, fc2, scale * W3.detach(), biases - 2
+    with torch.set_grad_enabled(gradient):
+        theirs, ours = (results_and_gradients(way, "route", args) for way in ("eager", "triton"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * max(100, scale), check_dtype=False)
+        if gradient:
+            assert torch.autograd.grad(zaya.route(*args)[3].sum(), r)[0].eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["cca", "cca_step"])
+def test_heads_almost_zero(name):
+    """...are divided by eps instead of their norm, which then has no gradient."""
+    args = arguments("a key head a query head", name, torch.float32)
+    qkv, past, *_ = args
+    (_, w_bias), (_, W_bias) = args[-5:-3]
+    with torch.no_grad():
+        for tensor in (qkv, past if name == "cca" else past.recent, w_bias, W_bias):
+            tensor.mul_(1e-8)
+    eager, twin = (results_and_gradients(way, name, args) for way in ("eager", "triton"))
+    for theirs, ours in zip(eager[0] + eager[1], twin[0] + twin[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("name, count", dict(cca=3, cross_entropy=2, product=1, cca_step=1, attend_past=1).items())
 @torch.no_grad()
 def test_arguments_that_are_not_contiguous(name, count):
