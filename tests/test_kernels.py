@@ -86,6 +86,7 @@ def arguments(shape, name, dtype):
 @pytest.mark.parametrize("shape, name", COMBINATIONS)
 def test_float32(shape, name):
     args = arguments(shape, name, torch.float32)
+    assert kernels.unsupported(name, *args) is None
     eager, twin = (results_and_gradients(choice, name, args) for choice in ("eager", "triton"))
     for theirs, ours in zip(eager[0] + eager[1], twin[0] + twin[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=theirs.dtype != torch.int64)
@@ -102,6 +103,7 @@ def test_float16(shape, name):
     eager, twin = (results_and_gradients(choice, name, args) for choice in ("eager", "triton"))
     for true, theirs, ours in zip(exact[0] + exact[1], eager[0] + eager[1], twin[0] + twin[1], strict=True):
         if true.is_floating_point():
+            assert ours.dtype == theirs.dtype
             error, allowed = ((x.float() - true).norm() / (true.norm() + 1e-3) for x in (ours, theirs))
             assert error <= 2 * max(allowed, 2**-11 if true.numel() < 16 else 1e-7)
         else:
@@ -238,6 +240,8 @@ def test_a_new_token_enters_the_cache(position, taps):
         with torch.no_grad():
             found.append([zaya.cca_step(args[0], cache, *args[3:]), *buffers])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    schema = torch.ops.nanozaya.cca_step_forward.default._schema
+    assert [a.name for a in schema.arguments if a.is_write] == ["recent_", "k_", "v_"]  # as torch.compile must know
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,9 +375,22 @@ def test_falls_back_and_says_so_once(capsys, monkeypatch):
     assert wide(torch.tensor([[1, 2]]))[0].isfinite().all()
     assert "no kernel for cca: head_dim 512 is above 256" in capsys.readouterr().err
     wide, long = torch.empty(1, 520), torch.empty(1, 16385)
-    route = zaya.triton_kernels.unsupported("route", wide, None, None, None, None, (torch.empty(520, 520), wide[0]))
-    assert route == "router_hidden_size 520 is above 512"
-    assert "rows of 16385 numbers" in zaya.triton_kernels.unsupported("product", long)
+
+    def unsupported_route(r, matrix):
+        return kernels.unsupported("route", r, None, None, None, None, (matrix, None))
+
+    assert unsupported_route(wide, torch.empty(520, 520)) == "router_hidden_size 520 is above 512"
+    assert unsupported_route(wide[:, :512], torch.empty(512, 512)) is None
+    assert "bfloat16" in unsupported_route(wide, torch.empty(520, 520).bfloat16())
+    assert "bfloat16" in kernels.unsupported("merge", wide, wide.bfloat16())
+    for name in ("merge", "merged_product", "product"):
+        assert "rows of 16385 numbers" in kernels.unsupported(name, long, long)
+        assert kernels.unsupported(name, long[:, :-1], long[:, :-1]) is None
+    step = kernels.unsupported("cca_step", wide, None, None, (torch.empty(512, 512, 2), None))
+    assert step == "head_dim 512 is above 256"
+    for architecture, reason in {"gfx1100": "rows of 1024 bytes are more than", "sm_90": "None"}.items():
+        monkeypatch.setattr(kernels, "architecture", lambda: architecture)
+        assert reason in str(unsupported_route(wide[:, :256], torch.empty(256, 256)))
     monkeypatch.setattr(zaya, "triton_kernels", None)
     zaya.dispatch(x, choice, 1)
     assert "Triton is not installed" in capsys.readouterr().err
@@ -406,15 +423,23 @@ def test_prepared_filters_follow_the_weights():
     with torch.inference_mode():
         first = kernels.prepared(depthwise, grouped, torch.float32)
         assert kernels.prepared(depthwise, grouped, torch.float32)[0] is first[0]
+        assert kernels.prepared(depthwise, grouped, torch.float16)[0].dtype == torch.float16
     with torch.no_grad():
         grouped[0].mul_(2)
     with torch.inference_mode():
         second = kernels.prepared(depthwise, grouped, torch.float32)
     torch.testing.assert_close(second[0], 2 * first[0])
+    with torch.no_grad():
+        grouped[1].add_(1)
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.prepared(depthwise, grouped, torch.float32)[1], second[1] + 1)
+    grouped[0].data = grouped[0].detach() / 2  # as .to(device) does
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.prepared(depthwise, grouped, torch.float32)[0], first[0])
     kernels.prepared(depthwise, grouped, torch.float32)
     grouped[0].data.mul_(2)
     with torch.inference_mode():
-        torch.testing.assert_close(kernels.prepared(depthwise, grouped, torch.float32)[0], 4 * first[0])
+        torch.testing.assert_close(kernels.prepared(depthwise, grouped, torch.float32)[0], 2 * first[0])
 
 
 def test_interpreted_whatever_gpu_there_is(monkeypatch):
