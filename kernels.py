@@ -1382,9 +1382,9 @@ def of_the_past(recent, w, w_bias, position, head, j0, SIZE: tl.constexpr, WIDTH
 
 @triton.jit
 def turn(x, cosine, sine, HALF: tl.constexpr):
-    """RoPE of x (1, BH): channels c and c + HALF turn in their plane, those from 2 * HALF on stay."""
+    """RoPE of x (1, BH): channels c and c + HALF turn in their plane, those from 2 * HALF on, by no angle, stay."""
     c = tl.arange(0, x.shape[1])
-    partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+    partner = tl.where(c < HALF, c + HALF, c - HALF)
     return x * cosine + tl.gather(x, partner[None, :], axis=1) * sine * tl.where(c < HALF, -1, 1)[None, :]
 
 
@@ -1581,7 +1581,7 @@ def attend_past(q, k, v, end, window: int | None = None) -> Tensor:
     """As zaya.attend_past."""
     (B, _, Hq, h), (S, Hk) = q.shape, k.shape[1:3]
     # About 512 programs in all, no more parts than join_splits_kernel holds, none below 128 positions of a full cache
-    splits = max(1, min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128))))
+    splits = min(2**15 // block(h), next_power_of_2(max(1, 512 // (B * Hk))), next_power_of_2(cdiv(S, 128)))
     partial, out = q.new_empty(B, Hq, splits, h + 2, dtype=torch.float32), q.new_empty(B, 1, Hq * h)
     shape = dict(h=h, SPLITS=splits) | pdl()
     c = launch_config("flash_decoding", BS=max(16, 2**15 // (block(h) * k.element_size())))  # 32 KB of each
