@@ -457,8 +457,11 @@ def test_every_marked_function_has_its_twin():
 
 @pytest.mark.parametrize(
     "architecture, dtype, head_dim",
-    [("gfx942", "bfloat16", 128), ("gfx950", "bfloat16", 128), ("sm_90", "bfloat16", 128), ("gfx942", "float32", 256)],
-)
+    [
+        ("gfx942", "bfloat16", 128), ("gfx950", "bfloat16", 128), ("sm_90", "bfloat16", 128),
+        ("sm_90", "bfloat16", 256), ("gfx942", "float32", 256),
+    ],
+)  # fmt: skip
 def test_compiles_without_that_gpu(architecture, dtype, head_dim):
     """As configured, at ZAYA1-8B's shapes, in bf16 none spills; and with the largest heads and numbers, too, none needs
     more LDS than there is."""
