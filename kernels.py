@@ -12,7 +12,7 @@ them one by one.)
 
 Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
 where one block must hold all of X, BX is X rounded up to a power of two, block_of(X). What lies beyond an edge is
-masked. BP holds half a head.
+masked. BH holds a head, BP half of one.
 Index arrays:
   choice     (N)  the expert of token n (or E, where a token may skip the experts)
   place      (N)  the row of token n when tokens are sorted by expert
