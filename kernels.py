@@ -10,9 +10,10 @@ fast is said here. Each part below has the same order: the idea as pseudo-code, 
 launch them and, where it is not one of those, the function that zaya.py calls. (Part 7, of many small kernels, takes
 them one by one.)
 
-Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R. A dimension X is covered by blocks of BX;
-where one block must hold all of X, BX is X rounded up to a power of two, block_of(X). What lies beyond an edge is
-masked. BH holds a head, BP half of one.
+Shapes are zaya.py's: B, T, N = B * T, D, H = Hq + Hk, h, C = H * h, E, F, R, V; S is what a cache has room for. A
+dimension X is covered by blocks of BX, and tokens always by BT; but in a product, whichever dimensions those are, rows
+by BM or BT, columns by BN, and what is summed by BK. Where one block must hold all of X, BX is X rounded up to a power
+of two, at least 16, block_of(X). What lies beyond an edge is masked. BH holds a head, BP half of one.
 Index arrays:
   choice     (N)  the expert of token n (or E, where a token may skip the experts)
   place      (N)  the row of token n when tokens are sorted by expert
