@@ -329,6 +329,14 @@ def test_chunked_loss_is_cross_entropy(rows, multiple, tied, monkeypatch):
         torch.testing.assert_close(model(inputs, targets)[1], expected)
 
 
+@pytest.mark.parametrize("of", [lambda y: y[:, 1:], lambda y: y[0], lambda y: y.t(), lambda y: y[..., None]])
+def test_a_target_for_each_token(of):
+    """Fewer would be taken for the first tokens' own, whichever text they are of."""
+    tokens = random_tokens(2, 5)
+    with pytest.raises(ValueError, match=r"targets .* are not one for each of tokens \(2, 5\)"):
+        random_model()(tokens, of(tokens))
+
+
 def test_loss_holds_no_table_of_logits():
     """At Gemma's vocabulary the logits of these 1,024 tokens, their softmax and its gradient would take 3.2 GB."""
     script = """if True:
