@@ -1076,6 +1076,19 @@ class DenseMLP(nn.Module):
 # reading: each docstring begins with what is computed, the rest is how to be quick.
 
 
+def first_derivative(backward):
+    """Decorate a Function's backward that autograd cannot differentiate again: RuntimeError if asked to, by
+    create_graph=True, where it would leave out parts of the second derivative without a word."""
+
+    @wraps(backward)
+    def once(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # (which says so itself)
+            raise RuntimeError("there is no gradient of this model's gradients (create_graph=True)")
+        return backward(ctx, grad)
+
+    return once
+
+
 def linear(x, weight, bias=None):
     """x (..., in) times weight (out, in), plus bias, in the weight's dtype: here fp32 becomes the compute dtype."""
     x = x.to(weight.dtype)
@@ -1148,6 +1161,7 @@ class GroupedLinear(torch.autograd.Function):
         return grouped_product(x, weight, rows)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_weight = torch.empty_like(weight)
@@ -1208,6 +1222,7 @@ class Normalize(torch.autograd.Function):
         return x * inverse * weight
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
         grad_x = grad * x
@@ -1255,6 +1270,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / max(1, len(grad_hidden))
@@ -1321,6 +1337,7 @@ class LinearByOneDNN(torch.autograd.Function):
         return times(x, weight)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return times(grad, weight.t()), times(grad.t(), x.t())

@@ -190,6 +190,16 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(function, inputs), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_gradient_of_a_gradient(tied):
+    """What a penalty on gradients asks for is refused, not left out."""
+    model, tokens = random_model(tie_word_embeddings=tied), random_tokens(2, 5)
+    losses = model(tokens, tokens)[1], F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten())
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="no gradient of this model's gradients"):
+            torch.autograd.grad(loss, [model.head], create_graph=True)
+
+
 def assert_same_gradients(function, formula, *inputs):
     """Values and gradients of both, in float32, for a random gradient of the output."""
     inputs = [x.requires_grad_() for x in inputs]
