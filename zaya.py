@@ -705,7 +705,8 @@ class Zaya(nn.Module):
         """A function from a token (B) to the next, the fastest for this model; pick chooses it from what the LM head
         sees."""
         use_kernels(self.kernels)
-        if self.shortcuts and on_cpu_in_fp32(self.head) and self.kernels != "triton" and self.config.is_zaya1:
+        in_fp32 = all(map(on_cpu_in_fp32, self.parameters()))
+        if self.shortcuts and in_fp32 and self.kernels != "triton" and self.config.is_zaya1 and as_written(self):
             decoder = Decoder(self, cache)
             return lambda token: pick(decoder.step(token))
 
@@ -713,6 +714,7 @@ class Zaya(nn.Module):
         # A text alone is hidden_of_one's, which takes any attention, but of the rest ZAYA1's own only
         rest_is_zaya1 = all(getattr(self.config, name) == ZAYA1[name] for name in ("mlp", "router", "residual_scaling"))
         alone = self.shortcuts and by_kernels and len(cache.layers[0].k) == 1 and rest_is_zaya1
+        alone = alone and as_written(self, PartialCCA, PlainProjection)
 
         def step(token):
             hidden = hidden_of_one(self, token, cache) if alone else self.hidden_states(token[:, None], cache)[:, -1]
@@ -908,6 +910,17 @@ class Cache:
         for layer in self.layers:
             layer.newest = newest
         return {name: (cos[positions], sin[positions]) for name, (cos, sin) in self.rotary.items()}
+
+
+def as_written(model, *more):
+    """Whether a model is made of ZAYA1's own modules (and `more`), none of them replaced, subclassed or hooked: what
+    takes the place of hidden_states calls none of them, so it would pass over what somebody put there."""
+    own = {nn.Embedding, nn.Linear, nn.Conv1d, nn.ModuleList, nn.ModuleDict, nn.ParameterDict, RMSNorm, CCA, Attention}
+    own |= {Router, Experts, MixtureOfExperts, ResidualScaling, Block, *more}
+    parts = [part for part in model.modules() if part is not model]
+    changed = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+    own_way = type(model).hidden_states is Zaya.hidden_states and {type(part) for part in parts} <= own
+    return own_way and not changed
 
 
 def sample(logits, temperature, top_k, top_p):

@@ -1117,6 +1117,57 @@ def test_the_decoder_computes_what_the_model_does(changes, batch, skipping):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)
 
 
+class Negated(zaya.MixtureOfExperts):
+    def forward(self, x, router_state):
+        out, router_state = super().forward(x, router_state)
+        return -out, router_state
+
+
+def change_class(model):
+    model.layers[1].mlp.__class__ = Negated
+
+
+def change_mlp(model):
+    model.layers[1].mlp = zaya.DenseMLP(model.config)
+
+
+def change_what_attention_returns(model):
+    model.layers[1].self_attn.register_forward_hook(lambda module, args, out: -out)
+
+
+def change_what_router_gets(model):
+    model.layers[1].mlp.gate.register_forward_pre_hook(lambda module, args: (-args[0], args[1]))
+
+
+def change_dtype(model):
+    model.layers[1].mlp.experts.double()
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize(
+    "change", [change_class, change_mlp, change_what_attention_returns, change_what_router_gets, change_dtype]
+)
+def test_a_changed_module_counts_when_text_is_written(change, texts):
+    model, tokens = random_model(tie_word_embeddings=False), random_tokens(texts, 5)
+    change(model)
+    written = model.generate(tokens, 10, temperature=0)
+    for length in range(5, 15):
+        with torch.no_grad():
+            assert model(written[:, :length])[0][:, -1].argmax(dim=-1).equal(written[:, length])
+
+
+def test_a_models_own_hidden_states_count_when_text_is_written():
+    class Late(Zaya):
+        def hidden_states(self, tokens, cache=None):
+            return super().hidden_states(tokens, cache).roll(1, dims=-1)
+
+    model, tokens = random_model(tie_word_embeddings=False), random_tokens(1, 5)
+    model.__class__ = Late
+    written = model.generate(tokens, 10, temperature=0)
+    with torch.no_grad():
+        assert model(written)[0][:, 4:-1].argmax(dim=-1).equal(written[:, 5:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of Zyphra's original code
 
