@@ -1220,7 +1220,7 @@ def attend_in_blocks(q, k, v, window, size=128):
 def normalize(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
     if torch.is_grad_enabled():
-        return Normalize.apply(x, weight, eps)
+        return Normalize.apply(x, weight.to(x.dtype), eps)
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).mul_(weight)
 
 

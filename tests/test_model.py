@@ -384,6 +384,17 @@ def test_presets_keep_the_official_proportions(name):
     assert (c.attention, c.mlp, set(c.layer_types)) == ("cca", "moe", {"hybrid"})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("how", ["to", "cast"])
+def test_any_dtype_learns(how, dtype):
+    """Also norms that Module.to took along."""
+    model, tokens = random_model(), random_tokens(2, 9)
+    (expected,) = torch.autograd.grad(model(tokens, tokens)[1], [model.norm.weight])
+    getattr(model, how)(dtype)
+    model(tokens, tokens)[1].backward()
+    assert (model.norm.weight.grad - expected).norm() < 0.1 * expected.norm()
+
+
 def test_bf16_spares_what_is_small_and_sensitive():
     """Norms, scales, temperatures and balancing biases stay fp32; all that takes part in a product is bf16."""
     model = random_model().cast(torch.bfloat16)
