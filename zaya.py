@@ -619,8 +619,10 @@ class Zaya(nn.Module):
         """tokens (B, T) -> what the LM head sees (B, T, D), in its dtype. A cache is read and moved on by T tokens."""
         use_kernels(self.kernels)  # which is global, for the functions marked @has_kernel know no model
         config, T = self.config, tokens.shape[1]
+        if cache and len(tokens) != (texts := len(cache.layers[0].k)):
+            raise ValueError(f"{len(tokens)} texts do not fit a cache of {texts}")
+        stream = self.embed_tokens(tokens).float()  # before the cache moves: here it shows if a token is no id
         rotary = cache.advance(T) if cache else self.rotary(torch.arange(T, device=tokens.device))
-        stream = self.embed_tokens(tokens).float()
         if config.residual_scaling:
             stream = (stream + self.input_hidden_states_bias) * self.input_hidden_states_scale
         first_norm, *next_norms = [layer.input_layernorm for layer in self.layers] + [self.norm]

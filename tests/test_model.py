@@ -549,6 +549,18 @@ def test_full_cache_says_so():
         model(random_tokens(2, 3), cache=cache)
 
 
+@pytest.mark.parametrize("wrong, error", [((1, 1), ValueError), ((3, 2), ValueError), ((2, 1), IndexError)])
+def test_a_cache_outlives_tokens_that_it_cannot_take(wrong, error):
+    """Other than two texts' or, of two, one that is no id."""
+    model, tokens = random_model(), random_tokens(2, 8)
+    cache = model.new_cache(2, 8)
+    with torch.no_grad():
+        model(tokens[:, :5], cache=cache)
+        with pytest.raises(error):
+            model(random_tokens(*wrong) + (SMALL.vocab_size if error is IndexError else 0), cache=cache)
+        torch.testing.assert_close(model(tokens[:, 5:], cache=cache)[0], model(tokens)[0][:, 5:], rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Twins and configurations
 
