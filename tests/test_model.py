@@ -939,6 +939,17 @@ def refused(path):
     return str(error.value)
 
 
+def test_a_file_may_be_saved_over_itself(tmp_path):
+    """Its tensors are mapped: to begin to write there would be to lose them."""
+    model, file = random_model(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    mapped = {name.removeprefix("model."): tensor for name, tensor in load_safetensors(file).items()}
+    model.save_pretrained(tmp_path, mapped)
+    for name, tensor in Zaya.from_pretrained(tmp_path).state_dict().items():
+        assert tensor.equal(model.state_dict()[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 @pytest.mark.parametrize("left", [0, 5, 8, 100, -4, -1])
 def test_truncated_file(checkpoint, left):
     path, _ = checkpoint
