@@ -676,6 +676,12 @@ class Zaya(nn.Module):
     @torch.inference_mode()
     def next_tokens(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_token_id=None):
         """Yield the next token (B) of every text, max_new_tokens times or until all have ended. See generate."""
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {top_k}")
+        if top_p is not None and not 0 <= top_p <= 1:
+            raise ValueError(f"top_p must be from 0 to 1, not {top_p}")
 
         def pick(hidden):
             return sample(self.logits(hidden), temperature, top_k, top_p)
@@ -733,6 +739,7 @@ class Zaya(nn.Module):
         temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the fewest that hold that much probability.
         A text that has met eos_token_id, or one of a list of them, is filled with the first; when all have, generation
         ends. Of a prompt longer than max_position_embeddings only the end is read. Uses PyTorch's global random state.
+        ValueError for a temperature, top_k or top_p that means nothing.
         """
         T = tokens.shape[1]
         new = self.next_tokens(tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id)

@@ -450,6 +450,17 @@ def test_narrow_sampling_is_greedy(flags):
     assert model.generate(tokens, 20, **flags).equal(model.generate(tokens, 20, temperature=0))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=0), dict(top_k=-1), dict(top_p=-0.1),
+     dict(top_p=1.1), dict(top_p=float("nan"))],
+    ids=str,
+)  # fmt: skip
+def test_sampling_that_means_nothing_is_refused(flags):
+    with pytest.raises(ValueError, match=f"{next(iter(flags))} must be"):
+        random_model().generate(random_tokens(1, 5), 3, **flags)
+
+
 def test_end_of_text_stops_a_row_and_fills_it():
     model, tokens = random_model(), random_tokens(3, 5)
     free = model.generate(tokens, 20, temperature=0)
