@@ -381,7 +381,8 @@ class Router(nn.Module):
         bias = torch.zeros(classes)
         bias[-1] = -1.0
         self.register_buffer("balancing_biases", bias)
-        # Tokens that each class has been given since the trainer last set this to zero.
+        # Tokens that each class has been given since the trainer last set this to zero. (DistributedDataParallel must
+        # not broadcast_buffers, or rank 0's take the place of the others'. What is recomputed counts twice.)
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.int64), persistent=False)
 
     def forward(self, x, previous):
@@ -562,7 +563,12 @@ class Block(nn.Module):
 
 
 class Zaya(nn.Module):
-    """The language model. The names of its weights are the official checkpoint's, less the leading "model."."""
+    """The language model. The names of its weights are the official checkpoint's, less the leading "model.".
+
+    Linear layers, convolutions, experts and all norms but the first are read for their weights and never called: a hook
+    on one of them, or a module with a forward of its own in its place (as LoRA has), does nothing. A parametrization of
+    its weight does (torch.nn.utils.parametrize).
+    """
 
     def __init__(self, config, kernels="auto"):
         """kernels: "auto" (Triton's on a GPU, where they are the fastest), "triton" (all of them) or "eager" (none)."""
@@ -670,7 +676,8 @@ class Zaya(nn.Module):
     # Generation
 
     def new_cache(self, batch_size, max_len):
-        """Static buffers for batch_size texts of up to max_len tokens."""
+        """Static buffers for batch_size texts of up to max_len tokens. They hold what follows from the weights, which
+        must not change as long as the cache is used; copy.deepcopy branches it, but nothing takes tokens back."""
         return Cache(self, batch_size, max_len)
 
     @torch.inference_mode()
@@ -1266,9 +1273,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(hidden @ weight.T) without ever holding the N x V logits.
 
     A chunk of tokens at a time: logits, loss and, already in the forward pass, their gradient. What is kept for the
-    backward pass are the two gradients alone. Loss and softmax are fp32, logits in the compute dtype, as [T] has them;
-    [R] says fp32, with which a bf16 nano of an earlier recipe was no better: 1.453 and 1.605 bits a byte with two
-    seeds, 1.453 and 1.594 with bf16.
+    backward pass are the two gradients alone, which it changes: it runs once, and retain_graph=True is of no use. Loss
+    and softmax are fp32, logits in the compute dtype, as [T] has them; [R] says fp32, with which a bf16 nano of an
+    earlier recipe was no better: 1.453 and 1.605 bits a byte with two seeds, 1.453 and 1.594 with bf16.
     """
 
     @staticmethod
