@@ -2017,14 +2017,17 @@ def save_safetensors(path, tensors):
         header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    aside = path.with_name(f"{path.name}.part")  # the file that is there may be the one that t is mapped from
-    with open(aside, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.partial")  # the file that is there may be the one that t is mapped from
+    try:
+        with open(aside, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for t in tensors.values():
+                file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def safetensors_header(path):
