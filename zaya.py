@@ -660,9 +660,10 @@ class Zaya(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, None), or with targets (B, T) -> (None, mean loss in nats).
-        Every target is a token id and counts: there is no label to ignore. ValueError if there is not one for each token.
+        Every target is a token id and counts: there is no label to ignore.
 
-        With cache = model.new_cache(...) the tokens continue those that it holds. Raises ValueError if they do not fit.
+        With cache = model.new_cache(...) the tokens continue those that it holds. Raises ValueError if they do not fit,
+        or if there is not a target for each token.
         """
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets {tuple(targets.shape)} are not one for each of tokens {tuple(tokens.shape)}")
