@@ -214,7 +214,7 @@ def block(size):
     return max(16, 1 << (size - 1).bit_length())
 
 
-block_of = triton.constexpr_function(block)  # the same, for kernels to call
+block_of = triton.constexpr_function(block)  # the same, for kernels to call (for which it may call no other function)
 
 
 @triton.jit
