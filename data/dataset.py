@@ -187,8 +187,9 @@ def make_whole(out, tokenizer, counts, val_bytes):
     tokenizer.save(out)
     with write_aside(out / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
+    end = ", none for the end of a document" if tokenizer.eot is None else ""
     print(f"{out}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens; tokenizer "
-          f"{meta['tokenizer']}, {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes a token")
+          f"{meta['tokenizer']}, {meta['vocab_size']:,} ids{end}, {meta['bytes_per_token']:.2f} bytes a token")
 
 
 def write_dataset(args, train, val):

@@ -400,6 +400,7 @@ def test_dataset_of_a_folder(kind, folder, tmp_path, capsys):
     left_out, made, *_ = capsys.readouterr().out.splitlines()
     assert left_out == f"left out: 2 files in {folder} that are not UTF-8 text"
     assert made.startswith(f"{out}: {meta['train_tokens']:,} training")
+    assert ("none for the end of a document" in made) == (tokenizer.eot is None)
 
 
 def test_dataset_inside_the_folder_it_comes_from(folder, capsys):
