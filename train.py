@@ -10,6 +10,7 @@ pictures, the loop. [R] is ZAYA1's report, arXiv 2605.05365.
 
 import atexit
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -694,6 +695,9 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing, for directories say
+            raise
     finally:
         os.close(descriptor)
 
@@ -704,6 +708,8 @@ def replace_folder(new, final):
         sync(path)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # NFS keeps a file that somebody on this machine still reads
+        old.rename(f"{old}.{time.time_ns()}")
     if final.exists():
         final.rename(old)
     new.rename(final)
@@ -1071,8 +1077,8 @@ def resolve_flags(given):
     model = {} if own.init_from else asdict(model_config(own, saved, 1, None))
     for name in ("vocab_size", "max_position_embeddings"):  # these depend on the data and on --block_size
         model.pop(name, None)
-    for name, value in given.items():
-        if name in fixed and value != (model | saved).get(name):
+    for name in sorted(fixed & given.keys()):
+        if given.pop(name) != (model | saved).get(name):  # (an equal one need not be kept: a new run may refuse it)
             raise ValueError(f"--resume cannot change --{name}: that would be another model; start a run of its own")
     return saved | given, True  # with the given --out, for the folder may have been moved
 
@@ -1140,6 +1146,8 @@ def note_data(record, folder, training, config, ranks):
     record["train_tokens"] = size
     best_of, best = [sha256(folder / "val.bin"), config.eval_batches, config.block_size], Path(config.out) / "best"
     if record.get("best_of") != best_of:
+        if record["best"] is not None and ranks.first and not config.eval_only:
+            print(f"validation is not what it was: the next evaluation's checkpoint takes the place of {best}")
         record |= {"best": None, "best_of": best_of}
     if record["best"] is not None and not config.eval_only:
         try:
@@ -1216,7 +1224,7 @@ def restore(out, log, record):
         (out / ".best.old").rename(out / "best")
     for name in (".step-*", ".best.*", ".args.json.*"):  # what a save that the power cut short has left
         for leftover in out.glob(name):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
     flags = record["flags"] | {"sha256": record_sha256(record["flags"])}
     with write_aside(out / "args.json") as file:
         file.write(json.dumps(flags, indent=2).encode() + b"\n")
@@ -1322,11 +1330,12 @@ def main():
         for name in ("micro_batch_size", "compile"):  # what follows from this machine need not do for the next
             record["flags"][name] = given.get(name)
         restore(out, log, record)
-        passes = config.steps * config.batch_size * config.block_size / len(training.ids)
+        to_come = (config.steps - record["step"]) * config.batch_size * config.block_size
+        passes = (record["tokens"] + to_come) / len(training.ids)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(training.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}), {passes:.2g} passes over them; "
-            f"{ranks.world} x {device}, {config.dtype}"
+            f"{ranks.world} x {device}, {config.dtype}" + (f"; going on from {checkpoint}" if checkpoint else "")
         )
         flops = training_flops(model.config, active, config.block_size) / ranks.world
         speed = Speed(flops, device, config.dtype)
@@ -1396,6 +1405,8 @@ def main():
             due = better or (step % config.save_every == 0 and not bad_in_a_row)  # not right after a skipped step
             if due or stopping or step == config.steps:
                 with timed(spent, "checkpoints"):
+                    if ranks.first:
+                        os.fsync(log.fileno())
                     saver.save(step, record, best=better)
             saver.check()
             if stopping:
@@ -1408,7 +1419,10 @@ def main():
         report_speed(out, record["step"], spent)
         if record["skipped"]:
             print(f"{record['skipped']} steps were skipped: their loss or gradient was not finite")
-        plot(out)
+        try:
+            plot(out)
+        except (OSError, ImportError) as error:  # the run itself is whole
+            warn_once(f"no pictures: {error}")
     ranks.leave()
     if ranks.first:
         farewell(model, tokenizer, config, step)
@@ -1530,8 +1544,9 @@ def farewell(model, tokenizer, config, step):
     text = tokenizer.decode(model.generate(tokens, 200, temperature=0.9, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = ' --prompt "import "' if config.data == "stdlib" else ""
-    pictures = "loss.png and experts.png" if model.routers else "loss.png"
-    print(f"pictures: {pictures} in {config.out}; more text: python sample.py --checkpoint {quote(config.out)}{prompt}")
+    drawn = [name for name in ("loss.png", "experts.png") if (Path(config.out) / name).is_file()]
+    pictures = f"pictures: {' and '.join(drawn)} in {config.out}; " if drawn else ""
+    print(f"{pictures}more text: python sample.py --checkpoint {quote(config.out)}{prompt}")
 
 
 def run():

@@ -1,5 +1,6 @@
 """train.py: the optimizer against plain references, the order of the data, a run's files, stopping and going on."""
 
+import errno
 import gc
 import io
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -522,6 +523,46 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
     assert events[-1] == (final / "file").stat().st_ino and (final / "file").read_text() == "newer"
 
 
+def test_a_folder_is_replaced_while_somebody_reads_the_one_before(tmp_path, monkeypatch):
+    """On NFS what is read stays, and so does the folder around it."""
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    for i in range(3):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "file").write_text(str(i))
+        train.replace_folder(tmp_path / "new", tmp_path / "best")
+        assert (tmp_path / "best" / "file").read_text() == str(i)
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_a_folder_is_no_broken_disk(error, tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with nullcontext() if error == errno.EINVAL else pytest.raises(OSError, match="Input/output"):
+        train.sync(tmp_path)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(tiny, call, tmp_path, monkeypatch):
+    synced, saved, fsync, replace_folder = [0], [], os.fsync, train.replace_folder
+
+    def sync(file):
+        if os.path.sameopenfile(file, log.fileno()):
+            synced.append(len(log_of(tmp_path)))
+        fsync(file)
+
+    def replace(new, final):
+        saved.append((final.name, synced[-1]))
+        replace_folder(new, final)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(train, "replace_folder", replace)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        assert call(train, *flags(**tiny, out=tmp_path)).status == 0
+    steps = {name: lines for name, lines in saved if name.startswith("step")}
+    assert len(steps) >= 3 and all(lines >= int(name[-1]) for name, lines in steps.items())
+
+
 @pytest.mark.parametrize("free", [0, 10**15])
 def test_a_save_is_of_its_step(free, finished, tiny, call, tmp_path, monkeypatch):
     """...though it goes on while the next step is made; where memory is scarce it is waited for."""
@@ -952,8 +993,29 @@ def test_a_flag_given_again_wins(finished, call, tmp_path):
 def test_a_finished_run_resumed_is_still_finished(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     done = call(train, "--out", out, "--resume")
-    assert done.status == 0 and "a sample:" in done.stdout
+    assert done.status == 0 and "a sample:" in done.stdout and f"going on from {out}/step-0000006" in done.stdout
     assert_same_run(out, finished.out)
+
+
+def test_passes_are_of_what_each_step_took(finished, call, tmp_path):
+    """640 of 8,831 tokens, though the last two steps have twice the sequences."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    said = call(train, *flags(out=out, resume=True, steps=8, batch_size=8)).stdout
+    trained, known = log_of(out)[-1]["tokens"], read_json(out / "step-0000008" / "trainer.json")["train_tokens"]
+    assert trained == 6 * 4 * 16 + 2 * 8 * 16 and f" {trained / known:.2g} passes over them" in said
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), ImportError("no matplotlib")])
+def test_a_run_without_pictures_is_a_run(error, finished, call, tmp_path, monkeypatch):
+    def fail(out):
+        raise error
+
+    monkeypatch.setattr(train, "plot", fail)
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    (out / "loss.png").unlink()
+    done = call(train, "--out", out, "--resume")
+    assert done.status == 0 and f"no pictures: {error}" in done.stderr
+    assert f"pictures: experts.png in {out}; more text: " in done.stdout
 
 
 def test_torchruns_restart_resumes_by_itself(finished, tiny, call, tmp_path, monkeypatch):
@@ -1518,7 +1580,8 @@ def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(other, fini
     worse = {"resume": True, "steps": 9, "lr": 100.0, "warmup": 0}
     assert call(train, *flags(out=out, **worse)).status == 0
     assert read_json(out / "best" / "trainer.json")["step"] == 6
-    assert call(train, *flags(out=out, **worse | {"steps": 12}, **other)).status == 0
+    done = call(train, *flags(out=out, **worse | {"steps": 12}, **other))
+    assert done.status == 0 and f"checkpoint takes the place of {out}/best" in done.stdout
     assert read_json(out / "best" / "trainer.json")["step"] >= 12
 
 
@@ -1588,7 +1651,8 @@ def test_resume_keeps_the_model(tmp_path, saved, same):
     kept = {"preset": "nano", "init_from": None, "block_size": 32} | saved
     (tmp_path / "args.json").write_text(json.dumps(kept))
     given = {"out": str(tmp_path), "resume": True}
-    assert train.resolve_flags(given | {"num_experts": same, "lr": 0.1})[1]
+    known, _ = train.resolve_flags(given | {"num_experts": same, "lr": 0.1, "sliding_window": None})
+    assert known["lr"] == 0.1 and "sliding_window" not in known  # which a model without windows has no flag for
     wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
     for name, value in wrongs.items():
         with pytest.raises(ValueError, match="another model"):
