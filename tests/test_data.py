@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from data import bpe, dataset
 from data.fineweb import prepare as fineweb
 from data.shakespeare import prepare as shakespeare

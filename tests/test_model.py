@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import zaya
 from zaya import PRESETS, Zaya, ZayaConfig, config_from_json, config_to_json, load_safetensors, save_safetensors
 

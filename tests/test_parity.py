@@ -7,13 +7,11 @@ what it differs in from a small ZAYA1; each is checked at 1 token, at 2 and at m
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from zaya import Zaya, ZayaConfig, load_safetensors, official_names
 
 transformers = pytest.importorskip("transformers")

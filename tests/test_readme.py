@@ -3,9 +3,9 @@
 import json
 import re
 import shlex
-import sys
 from functools import cache
 
+import bench_ablations as ablations
 import pytest
 from conftest import ENVIRONMENT, ROOT, command
 
@@ -94,9 +94,6 @@ def test_benchmarks_for_a_gpu_run_on_a_cpu(line, printed, monkeypatch):
 
 def test_the_tables_of_ablations_are_what_their_logs_say():
     """As the command under which each stands prints them, from the logs that are kept."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import bench_ablations as ablations
-
     logs = ROOT / "assets" / "ablations"
     times = json.loads((logs / "times.json").read_text())
     tables = re.findall(r"^python tests/bench_ablations\.py (\w+)$", CODE, re.MULTILINE)
