@@ -1,4 +1,4 @@
-"""What the tests of train.py and sample.py share: a tiny dataset, a tiny model, and two ways to run a command."""
+"""What the tests share: a tiny dataset, a tiny model, and two ways to run a command."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data.text.prepare
-from zaya import load_safetensors, stop_in_one_line
+from zaya import load_safetensors, stop_in_one_line, use_kernels
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
@@ -71,6 +71,13 @@ def what_was_learned(out):
     newest = max(out.glob("step-*"))
     tensors = load_safetensors(newest / "model.safetensors") | load_safetensors(newest / "trainer.safetensors")
     return {entry["step"]: entry["loss"] for entry in log_of(out)}, tensors
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_ever():
+    """What a test or its model chose is not the next test's."""
+    yield
+    use_kernels("auto")
 
 
 @pytest.fixture(scope="session")

@@ -57,12 +57,6 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(kernels, "EXPERT_PROGRAMS", (3,))
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    yield
-    zaya.use_kernels("auto")
-
-
 def results_and_gradients(choice, name, args):
     """What zaya's function returns by eager PyTorch or Triton, and the gradients of all arguments that have one. (Those
     of the results are not contiguous.)"""

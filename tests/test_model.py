@@ -691,7 +691,6 @@ def test_a_step_with_kernels_can_be_captured(changes, texts):
             step(token)
     assert [tensor.data_ptr() for tensor in buffers] == places
     assert cache.end.item() == cache.length == 7
-    zaya.use_kernels("auto")
 
 
 class Calls(TorchDispatchMode):
@@ -728,7 +727,6 @@ def test_a_layer_with_kernels_is_few_calls_a_token(texts, calls_a_layer, monkeyp
             with Calls() as calls:
                 step(token)
         counts.append(calls.count)
-    zaya.use_kernels("auto")
     assert counts[1] - counts[0] == calls_a_layer
 
 
