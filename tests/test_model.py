@@ -333,23 +333,20 @@ def test_a_target_for_each_token(of):
         random_model()(tokens, of(tokens))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_loss_holds_no_table_of_logits():
-    """At Gemma's vocabulary the logits of these 1,024 tokens, their softmax and its gradient would take 3.2 GB."""
+    """At Gemma's vocabulary the logits of these 1,024 tokens, their softmax and its gradient would take 3.2 GB. (Not by
+    getrusage: its ru_maxrss begins at what pytest itself has taken.)"""
     script = """if True:
-        import resource, sys, torch
-        sys.path.insert(0, sys.argv[1])
-        import zaya
-        hidden = torch.randn(1024, 256, requires_grad=True)
-        weight = torch.zeros(262272, 256, requires_grad=True)
-        weight.grad = torch.zeros_like(weight).add_(0)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        import torch, zaya
+        most = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+        hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.zeros(262272, 16, requires_grad=True)
+        before = most()
         zaya.LinearCrossEntropy.apply(hidden, weight, torch.arange(1024), True).backward()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        print(most() - before)
     """
-    grown = int(
-        subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True).stdout
-    )
-    assert grown * (1 if sys.platform == "darwin" else 1024) < 1e9  # a Mac counts bytes, Linux kilobytes
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -637,11 +634,11 @@ def test_cca_without_shift_does_not_look_back_for_its_values():
 @pytest.mark.parametrize("kernels", ["eager", "triton"])
 def test_a_cache_keeps_no_gradient_back(kernels):
     """A prompt read without a gradient, and then a token with one: the projections get theirs."""
-    model, tokens = random_model(), random_tokens(1, 5)
-    model.kernels = kernels
+    model, tokens = random_model(num_hidden_layers=1, layer_types=None), random_tokens(1, 5)
     cache = model.new_cache(1, 5)
     with torch.no_grad():
         model(tokens[:, :-1], cache=cache)
+    model.kernels = kernels
     model(tokens[:, -1:], cache=cache)[0].sum().backward()
     for name, parameter in model.named_parameters():
         if "qkv_proj" in name:
@@ -972,16 +969,15 @@ def test_file_with_bytes_too_many(checkpoint):
     assert "model.safetensors" in refused(path)
 
 
-@pytest.mark.parametrize("flip", [0x01, 0x10, 0xFF])
-def test_damaged_header(checkpoint, flip):
-    """Whatever byte is flipped: the file or a tensor is named, or nothing that matters was hit."""
+def test_damaged_header(checkpoint):
+    """Whatever of a byte is flipped: the file or a tensor is named, or nothing that matters was hit."""
     path, tensors = checkpoint
     file = path / "model.safetensors"
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    silent = 0
-    for at in range(0, header, 5):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+    places, silent = range(0, header, 7), 0
+    for at in places:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (0x01, 0x10, 0xFF)[at % 3]]) + whole[at + 1 :])
         try:
             model = Zaya.from_pretrained(path)
         except ValueError as error:
@@ -990,7 +986,7 @@ def test_damaged_header(checkpoint, flip):
         else:
             silent += 1
             assert all(t.equal(tensors[name]) for name, t in zaya.official_names(model.state_dict()).items()), at
-    assert silent < header / 5 / 4
+    assert silent < len(places) / 4
 
 
 @pytest.mark.parametrize(
