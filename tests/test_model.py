@@ -1110,26 +1110,20 @@ def test_newest_checkpoint_of_a_run_is_opened(tmp_path):
     "changes",
     [
         {},
-        dict(layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"], sliding_window=5, num_hidden_layers=3),
-        dict(num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=1.0),
+        dict(layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"], sliding_window=5),
+        dict(num_attention_heads=2, num_key_value_heads=1, partial_rotary_factor=1.0),
         dict(cca_time0=3, cca_time1=1, head_dim=12),
         dict(cca_time0=1, cca_time1=1, num_experts=1),
-        dict(tie_word_embeddings=False, num_hidden_layers=1),
+        dict(tie_word_embeddings=False, num_hidden_layers=1, layer_types=None),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("batch, skipping", [(1, False), (3, True)])
 def test_the_decoder_computes_what_the_model_does(changes, batch, skipping):
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    shape |= dict(moe_intermediate_size=24, num_experts=4, router_hidden_size=8, vocab_size=50, initializer_range=0.2)
-    model = Zaya(ZayaConfig(**shape | changes))
+    model, tokens = random_model(**changes), random_tokens(batch, 20)
+    for router in model.routers:
+        router.balancing_biases[-1] = 0.1 if skipping else -1.0
     with torch.no_grad():
-        for parameter in model.parameters():  # nothing at 0 or 1, where a mistake would not show
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for router in model.routers:
-            router.balancing_biases[-1] = 0.3 if skipping else -1.0
-        tokens = torch.randint(50, (batch, 20))
         plain, fast = model.new_cache(batch, 20), model.new_cache(batch, 20)
         for cache in (plain, fast):
             model.hidden_states(tokens[:, :3], cache)
@@ -1307,29 +1301,19 @@ def test_legacy_models_that_we_cannot_compute_are_refused(foreign, named):
     ],
 )
 def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
-    torch.manual_seed(0)
-    layer_types = ["hybrid", "hybrid_sliding", "hybrid"]
-    sliding = dict(layer_types=layer_types, sliding_window=4) if form.startswith("sliding") else {}
-    model = Zaya(ZayaConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
-        moe_intermediate_size=24, router_hidden_size=8, vocab_size=50, initializer_range=0.2, rope_theta=1e6,
-        partial_rotary_factor=0.25, eos_token_id=1, **sliding,
-    ))  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    sliding = dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4) if "sliding" in form else {}
+    model = random_model(rope_theta=1e6, partial_rotary_factor=0.25, eos_token_id=1, **sliding)
     tensors, values = as_legacy(model)
     if form == "lists and a stale count":
         values |= dict(
-            num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[2, 0] * 3,
-            num_query_groups_list=[1, 0] * 3,
-            ffn_hidden_size_list=[0, 48] * 5, zaya_mlp_expansion=[0, 8] * 3,
+            num_hidden_layers=120, zaya_layers=["a", 4] * 3, cca_num_q_heads=[4, 0] * 3,
+            num_query_groups_list=[2, 0] * 3, ffn_hidden_size_list=[0, 48] * 5, zaya_mlp_expansion=[0, 16] * 3,
         )  # fmt: skip
         del values["num_attention_heads"], values["num_query_groups"], values["ffn_hidden_size"], values["num_experts"]
-    if form.startswith("sliding"):
+    if sliding:
         values |= dict(swa_layers=[0, 3, 0] if "a layer" in form else [0, 0, 3, 0, 0, 0, 3, 0], swa_rotary_base=1e4)
     if form == "one list":
-        values |= dict(num_hidden_layers=120, zaya_layers=[], num_query_groups_list=[1, 0] * 3)
+        values |= dict(num_hidden_layers=120, zaya_layers=[], num_query_groups_list=[2, 0] * 3)
     if form == "other names":
         rope = {name: values.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
         values |= dict(kv_channels=values.pop("head_dim"), rope_parameters={"hybrid": rope | {"rope_type": "default"}})
@@ -1338,8 +1322,7 @@ def test_legacy_checkpoints_give_the_same_logits(form, tmp_path):
     halves = [names[::2], names[1::2]] if form == "two files" else [names]
     for i, part in enumerate(halves):
         save_safetensors(tmp_path / f"model-{i}.safetensors", {name: tensors[name] for name in part})
-    again = Zaya.from_pretrained(tmp_path)
-    tokens = torch.randint(50, (2, 9))
+    again, tokens = Zaya.from_pretrained(tmp_path), random_tokens(2, 9)
     assert again(tokens)[0].equal(model(tokens)[0])
     assert (again.config.eos_token_id, again.config.rope_theta) == (1, 1e6)
 
