@@ -45,16 +45,10 @@ def flags(**values):
     ]
 
 
-def command(script, *args, input=None, ranks=None, **options):
+def command(script, *args, **options):
     """Run a script of the repository as a user would, on one core -> CompletedProcess with text output."""
-    start = [sys.executable]
-    if ranks:
-        # (localhost, for not every laptop finds itself by its own name.)
-        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*start, ROOT / script, *map(str, args)],
-        input=input, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options,
-    )  # fmt: skip
+    words = [sys.executable, ROOT / script, *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
 
 
 def log_of(out):

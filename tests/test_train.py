@@ -51,6 +51,33 @@ def loss_of(model, seed=0):
     return model(tokens[:, :-1], tokens[:, 1:])[1]
 
 
+def run_ranks(*commands):
+    """A process for each rank, as torchrun would start them -> their statuses, and what they said on stdout and on
+    stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ranks = [
+        subprocess.Popen(list(map(str, command)), env=ENVIRONMENT | group | {"RANK": str(rank)}, **pipes)
+        for rank, command in enumerate(commands)
+    ]
+    try:
+        said = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], *zip(*said)
+
+
+def train_on_ranks(world, *args):
+    """train.py on so many ranks, which end well -> what all of them said on stdout, and on stderr."""
+    statuses, stdout, stderr = run_ranks(*[[sys.executable, ROOT / "train.py", *args]] * world)
+    assert statuses == [0] * world, stderr
+    return "".join(stdout), "".join(stderr)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
@@ -621,9 +648,9 @@ def test_eval_only_prints_and_writes_nothing(finished, tiny, call, tmp_path):
 
 
 def test_eval_only_on_two_ranks(finished):
-    done = command("train.py", "--eval_only", "--resume", "--out", finished.out, ranks=2)
-    loss = float(re.search(r"validation loss (\S+) nats", done.stdout)[1])
-    assert done.returncode == 0 and abs(loss - log_of(finished.out)[-1]["val_loss"]) < 1e-3
+    stdout, _ = train_on_ranks(2, "--eval_only", "--resume", "--out", finished.out)
+    loss = float(re.search(r"validation loss (\S+) nats", stdout)[1])
+    assert abs(loss - log_of(finished.out)[-1]["val_loss"]) < 1e-3
 
 
 def test_init_from_goes_on_with_the_weights_in_a_run_of_its_own(finished, tiny_data, call, tmp_path):
@@ -1117,11 +1144,10 @@ def test_compiled_is_the_same(finished, tiny, call, tmp_path):
 
 def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path):
     out = tmp_path / "two"
-    done = command("train.py", *flags(**tiny, keep=9, out=out), ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a sample:") == 1  # only the first rank speaks
-    assert not re.search(r"\wWarning", done.stderr), done.stderr  # a FutureWarning, say
-    assert re.search(r"the slowest is rank [01]: \d+\.\d ms for a forward and backward pass", done.stdout)
+    stdout, stderr = train_on_ranks(2, *flags(**tiny, keep=9, out=out))
+    assert stdout.count("a sample:") == 1  # only the first rank speaks
+    assert not re.search(r"\wWarning", stderr), stderr  # a FutureWarning, say
+    assert re.search(r"the slowest is rank [01]: \d+\.\d ms for a forward and backward pass", stdout)
     assert call(train, *flags(**tiny, micro_batch_size=2, out=tmp_path / "one")).status == 0
     assert_near(out, tmp_path / "one", 1e-5)
     ours, theirs = log_of(out), log_of(tmp_path / "one")
@@ -1141,8 +1167,7 @@ def test_one_step_is_the_same_on_any_number_of_ranks(tiny, call, tmp_path):
     one_each, runs = flags(**tiny | {"steps": 1, "warmup": 0}, micro_batch_size=1), []
     assert call(train, *one_each, "--out", tmp_path / "1").status == 0
     for ranks in (2, 4):
-        done = command("train.py", *one_each, "--out", tmp_path / str(ranks), ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        train_on_ranks(ranks, *one_each, "--out", tmp_path / str(ranks))
     for ranks in (1, 2, 4):
         out = tmp_path / str(ranks)
         runs.append((log_of(out)[0], *what_was_learned(out)))
@@ -1155,15 +1180,13 @@ def test_one_step_is_the_same_on_any_number_of_ranks(tiny, call, tmp_path):
             )
 
 
-def test_saved_on_one_rank_resumed_on_two_and_then_on_four(finished, tmp_path):
+def test_saved_on_one_rank_resumed_on_four(finished, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
-    for ranks, lost in {2: ["step-0000004", "step-0000006"], 4: ["step-0000006"]}.items():
-        for checkpoint in lost:
-            shutil.rmtree(out / checkpoint)
-        done = command("train.py", "--out", out, "--resume", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+    for checkpoint in ("step-0000004", "step-0000006"):
+        shutil.rmtree(out / checkpoint)
+    train_on_ranks(4, "--out", out, "--resume")
     assert_near(out, finished.out, 1e-5)
-    alone, several = (log_of(run)[2]["val_loss"] for run in (finished.out, out))
+    alone, several = (log_of(run)[-1]["val_loss"] for run in (finished.out, out))
     assert abs(alone - several) < 1e-5  # on the same part of the validation text
 
 
@@ -1190,24 +1213,6 @@ print("without ddp:", names())
     assert "gloo" in after_ddp and "gloo" not in at_the_end
 
 
-def run_ranks(*commands):
-    """A process for each rank, as torchrun would start them -> their statuses, and what they said on stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(command, env=ENVIRONMENT | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank, command in enumerate(commands)
-    ]
-    try:
-        said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], said
-
-
 @pytest.mark.parametrize("differs", ["flags", "dtype", "data", "init_from", "checkpoint"])
 def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_path, differs):
     own, other = (dict(tiny, out=tmp_path / "out") for _ in range(2))
@@ -1228,7 +1233,7 @@ def test_nodes_that_would_not_train_the_same_are_refused(finished, tiny, tmp_pat
         for which, name in ((own, "one"), (other, "two")):
             which |= {"out": shutil.copytree(finished.out, tmp_path / name), "resume": True, "steps": 8}
         shutil.rmtree(tmp_path / "two" / "best")
-    statuses, said = run_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
+    statuses, _, said = run_ranks(*([sys.executable, ROOT / "train.py", *flags(**which)] for which in (own, other)))
     assert statuses == [2, 2], said
     assert all(f"not all ranks have the {differs} of rank {rank}" in said[rank] for rank in (0, 1)), said
 
@@ -1325,7 +1330,7 @@ if os.environ["RANK"] == "1":
     train.Muon.update = fail
 train.run()
 """
-    statuses, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 4)
+    statuses, _, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 4)
     assert statuses == [2, 2, 2, 2], said
     assert "error: broken" in said[1]
     assert all(f"rank {rank} has lost another" in said[rank] for rank in (0, 2, 3))
@@ -1346,7 +1351,7 @@ def evaluate(*args, original=train.evaluate):
 train.evaluate = evaluate
 train.run()
 """
-    statuses, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 2)
+    statuses, _, said = run_ranks(*[[sys.executable, "-c", code, *flags(**tiny, out=tmp_path / "out")]] * 2)
     assert statuses == [0, 0], said
     assert len(log_of(tmp_path / "out")) == 4  # the first evaluation is step 3's
 
