@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data.text.prepare
-from zaya import load_safetensors, stop_in_one_line, use_kernels
+from zaya import load_safetensors, read_json, stop_in_one_line, use_kernels
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
@@ -51,6 +51,11 @@ def command(script, *args, **options):
     return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
 
 
+def rewrite(file, **changes):
+    """Change what a JSON file says, or make one."""
+    file.write_text(json.dumps((read_json(file) if file.exists() else {}) | changes))
+
+
 def log_of(out):
     """The objects of a run's log. Strict: the words NaN and Infinity are no JSON."""
 
@@ -65,6 +70,13 @@ def what_was_learned(out):
     newest = max(out.glob("step-*"))
     tensors = load_safetensors(newest / "model.safetensors") | load_safetensors(newest / "trainer.safetensors")
     return {entry["step"]: entry["loss"] for entry in log_of(out)}, tensors
+
+
+def assert_same_run(out, other):
+    """Equal to the last bit."""
+    (losses, tensors), (expected_losses, expected) = what_was_learned(out), what_was_learned(other)
+    assert losses == expected_losses and tensors.keys() == expected.keys()
+    assert [name for name in tensors if not tensors[name].equal(expected[name])] == []
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, rewrite
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import zaya
@@ -587,7 +587,7 @@ def test_twins_train_decode_and_come_back(name, tmp_path):
         pieces = [model(piece, cache=cache)[0] for piece in tokens.split(lengths, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanozaya"
+    assert zaya.read_json(tmp_path / "config.json")["model_type"] == "nanozaya"
     again = Zaya.from_pretrained(tmp_path)
     assert again.config == model.config and again(tokens)[0].equal(full)
 
@@ -957,8 +957,9 @@ def test_truncated_file(checkpoint, left):
 )
 def test_a_garbled_config_is_named(checkpoint, garbled):
     path, _ = checkpoint
-    file = path / "config.json"
-    file.write_text(json.dumps(garbled if "model_type" in garbled else json.loads(file.read_text()) | garbled))
+    if "model_type" in garbled:
+        (path / "config.json").unlink()
+    rewrite(path / "config.json", **garbled)
     assert "config.json" in refused(path)
 
 
@@ -1007,10 +1008,6 @@ def test_wrong_tensor_is_named(checkpoint, damage):
     damage(tensors, name)
     save_safetensors(path / "model.safetensors", tensors)
     assert name in refused(path)
-
-
-def rewrite(file, **changes):
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
 
 
 def test_rope_counts_where_transformers_reads_it(checkpoint):

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, command, flags, log_of, what_was_learned
+from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, assert_same_run, command, flags, log_of, rewrite, what_was_learned
 from matplotlib.axes import Axes
 
 import data.text.prepare
@@ -317,7 +317,7 @@ def test_the_seed_is_that_of(of, finished, tiny, call, tmp_path):
 
 
 def tokens_of(folder, seed=1, block_size=16, split="train"):
-    return Tokens(folder, split, block_size, seed, json.loads((folder / "meta.json").read_text()))
+    return Tokens(folder, split, block_size, seed, read_json(folder / "meta.json"))
 
 
 def test_targets_are_the_inputs_one_token_later(tiny_data):
@@ -415,7 +415,7 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
     assert log[0]["lr"] == 0.005 and log[1]["lr"] == 0.01
     assert log[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # at first every byte is as likely
     assert log[-1]["loss"] < log[0]["loss"] - 0.5
-    meta = json.loads((finished.out / "args.json").read_text())
+    meta = read_json(finished.out / "args.json")
     assert meta["steps"] == 6 and meta["lr"] == 0.01 and meta["hidden_size"] == 32
     for picture in ("loss.png", "experts.png"):
         assert (finished.out / picture).read_bytes().startswith(b"\x89PNG")
@@ -426,7 +426,7 @@ def test_a_run_leaves_its_log_flags_pictures_and_checkpoints(finished):
 
 
 def test_bits_per_byte_is_the_loss_in_another_unit(finished, tiny_data):
-    bytes_per_token = json.loads((tiny_data / "meta.json").read_text())["bytes_per_token"]
+    bytes_per_token = read_json(tiny_data / "meta.json")["bytes_per_token"]
     for entry in log_of(finished.out):
         if "val_loss" in entry:
             assert entry["val_bpb"] == pytest.approx(entry["val_loss"] / math.log(2) / bytes_per_token)
@@ -460,10 +460,10 @@ def test_every_checkpoint_is_whole(finished):
         assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
         assert Zaya.from_pretrained(folder).config.hidden_size == 32
         assert load_tokenizer(folder).decode([104, 105]) == "hi"
-        step = json.loads((folder / "trainer.json").read_text())["step"]
+        step = read_json(folder / "trainer.json")["step"]
         assert folder.name in (f"step-{step:07d}", "best")
     lowest = min((entry for entry in log_of(finished.out) if "val_loss" in entry), key=lambda entry: entry["val_loss"])
-    best = json.loads((finished.out / "best" / "trainer.json").read_text())
+    best = read_json(finished.out / "best" / "trainer.json")
     assert (best["step"], best["best"]) == (lowest["step"], lowest["val_loss"])
 
 
@@ -855,14 +855,6 @@ def test_plot_of_what_is_no_run(finished, call, tmp_path):
 # Stopping and going on. Equal means equal: every loss and every number of the last checkpoint, bit for bit.
 
 
-def assert_same_run(out, other):
-    losses, tensors = what_was_learned(out)
-    expected_losses, expected = what_was_learned(other)
-    assert losses == expected_losses
-    assert tensors.keys() == expected.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
-
-
 @pytest.fixture(scope="module")
 def long_run(tiny, tmp_path_factory):
     """Flags of a run that is long enough to be stopped somewhere, and where it went undisturbed."""
@@ -1014,7 +1006,7 @@ def test_a_flag_given_again_wins(finished, call, tmp_path):
     log = log_of(out)
     assert len(log) == 8 and log[-1]["lr"] < 0.002 and "val_loss" in log[-1]
     assert log[:6] == log_of(finished.out)
-    assert json.loads((out / "args.json").read_text())["steps"] == 8
+    assert read_json(out / "args.json")["steps"] == 8
 
 
 def test_a_finished_run_resumed_is_still_finished(finished, call, tmp_path):
@@ -1484,7 +1476,7 @@ def test_a_bad_loss_skips_the_update(tiny, call, tmp_path, spoil):
     for file in ("model.safetensors", "trainer.safetensors"):  # weights, momenta and counts are step 2's
         before, after = (load_safetensors(tmp_path / f"step-000000{step}" / file) for step in (2, 3))
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((tmp_path / "step-0000003/trainer.json").read_text())["skipped"] == 1
+    assert read_json(tmp_path / "step-0000003/trainer.json")["skipped"] == 1
 
 
 def test_a_bad_gradient_skips_the_update(tiny, call, tmp_path, monkeypatch):
@@ -1541,7 +1533,7 @@ def test_another_batch_size_goes_on_in_the_same_order(tiny, call, tmp_path, monk
 
 def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
     runs = [finished.out, shutil.copytree(finished.out, tmp_path / "out-2")]
-    (runs[1] / "args.json").write_text(json.dumps(read_json(runs[0] / "args.json") | {"seed": 2}))
+    rewrite(runs[1] / "args.json", seed=2)
     (runs[1] / "log.jsonl").write_text(json.dumps(log_of(runs[0])[0] | {"step": 7}) + "\n")
     done = call(train, "--plot", *runs, "--out", tmp_path / "plot")
     assert done.status == 2 and len(done.lines) == 1 and "share no step" in done.stderr
@@ -1550,8 +1542,7 @@ def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
 def test_runs_of_one_seed_are_no_group(finished, call, tmp_path, monkeypatch):
     """Their difference must be another: the code, say. Runs of two seeds are one row."""
     runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
-    changed = read_json(runs[2] / "args.json") | {"seed": 7}
-    (runs[2] / "args.json").write_text(json.dumps(changed))
+    rewrite(runs[2] / "args.json", seed=7)
     for run in runs:
         entries = [e | {"step_ms": 100 * e["step"], "tokens": 10_000 * e["tokens"]} for e in log_of(run)]
         (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -1562,11 +1553,6 @@ def test_runs_of_one_seed_are_no_group(finished, call, tmp_path, monkeypatch):
     assert [row[1:3] for row in rows] == [["out", "2"], ["out-mine", "1"]]
     assert [row[4:6] for row in rows] == [["3.84", "350"]] * 2  # million tokens, milliseconds
     assert ends[:3] == pytest.approx([3.84, 6 * 0.35, 3.84])  # of the curves: million tokens, seconds
-
-
-def test_a_window_without_a_layer_for_it(tiny, call, tmp_path):
-    done = call(train, *flags(**tiny, out=tmp_path / "out"), "--sliding_window", 4)
-    assert done.status == 2 and "--layer_types" in done.stderr
 
 
 def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
