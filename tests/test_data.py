@@ -100,10 +100,6 @@ def test_eot_is_the_last_id():
     assert make("bytes").decode([104, 257, 105]) == "hi"  # what is no id adds nothing
 
 
-def test_half_a_character_decodes_to_a_mark():
-    assert make("bytes").decode("é".encode()[:1]) == "\ufffd"
-
-
 def test_chars_are_sorted_and_an_unknown_one_is_named():
     tokenizer = char_tokenizer(["hello\n", "world"])
     assert tokenizer.encode("\ndehlorw") == list(range(8))

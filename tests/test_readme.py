@@ -61,7 +61,6 @@ def test_the_table_of_costs_is_what_the_command_prints():
         assert line[:4] == numbers, name
         flops = 1e6 * training_flops(PRESETS[name], int(numbers[1].replace(",", "")), 4096)
         assert line[4] == f"{flops / (0.35 * 1307e12) / 3600 * 2:.6f}", name  # dollars, at 2 an hour
-    assert "8,840,488,784" in printed and "753,608,528" in printed
 
 
 def test_the_project_speaks_of_itself_alone():

@@ -57,19 +57,6 @@ def test_a_file_keeps_its_line_ends(tmp_path):
     assert sample.utf8_text(tmp_path / "text.txt") == "a\r\nb\n"
 
 
-def test_no_prompt_is_a_text_from_its_beginning(write):
-    done = write()
-    assert done.status == 0 and len(done.stdout) > 1
-
-
-def test_a_run_directory_means_its_newest_checkpoint(finished, call):
-    args = ("--device", "cpu", "--max_new_tokens", 20, "--temperature", 1, "--prompt", "3")
-    newest, of_run, first = (call(sample, "--checkpoint", path, *args).stdout for path in (
-        finished.out / "step-0000006", finished.out, finished.out / "step-0000002"))  # fmt: skip
-    assert newest == of_run != first
-    assert call(sample, "--checkpoint", finished.out / "best", *args).status == 0
-
-
 def test_temperature_0_takes_the_likeliest_token_whatever_the_seed(write, finished):
     texts = {write("--prompt", "3 times", "--temperature", 0, "--seed", seed).stdout for seed in (1, 2)}
     texts.add(write("--prompt", "3 times", "--top_k", 1).stdout)
@@ -277,12 +264,6 @@ def test_experts_are_shown_of_the_new_tokens_in_the_layer_asked_for(finished, mo
     assert drawn[0].equal(chosen[:, 2:]) and drawn[1].equal(chosen[:, 2:] / 10)
 
 
-def test_show_experts_of_a_layer_that_is_not_there(write):
-    done = write("--show_experts", 9)
-    assert done.status == 2 and len(done.lines) == 1
-    assert "--show_experts 9: no such layer of experts; layers are 0 to 1" in done.stderr
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Two checkpoints side by side
 
@@ -368,8 +349,10 @@ def test_a_text_begins_with_one_bos(finished):
     """The template of a chat writes it by itself, or has none."""
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
     writer.model.config = replace(writer.model.config, bos_token_id=9)
-    writer.tokenizer = SimpleNamespace(encode=lambda text: [5, 6], turns=lambda question: ([8, 5, 6], 7))
-    assert writer.ids("") == [9, 5, 6] and 7 not in writer.ends
+    writer.tokenizer = SimpleNamespace(encode=list, beginning=lambda: [4], turns=lambda question: ([8, 5, 6], 7))
+    assert writer.ids((5, 6)) == [9, 5, 6] and writer.ids(()) == [9] and 7 not in writer.ends
+    writer.model.config = replace(writer.model.config, bos_token_id=None)
+    assert writer.ids(()) == [4]
     writer.config.chat = True
     assert writer.ids("") == [8, 5, 6] and 7 in writer.ends  # the end of a turn
     writer.tokenizer.turns = lambda question: ([5, 257], None)
@@ -381,19 +364,3 @@ def test_a_character_belongs_to_the_token_that_completes_it():
     tokenizer = load_tokenizer("bytes")
     assert sample.pieces_of(tokenizer, tokenizer.encode("é–x")) == ["", "é", "", "", "–", "x"]
     assert sample.pieces_of(tokenizer, list(b"a\xe2")) == ["a", "\ufffd"]
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("--show_experts", "1", "--num_samples", "2"), "--show_experts shows one text"),
-        (("--compare", "one"), "--compare takes two checkpoints, not 1"),
-        (("--text", "x"), "--text is what --compare measures"),
-        (("--gpu_hour", "0"), "--gpu_hour must be positive"),
-        (("--chat",), "has no chat template"),
-    ],
-    ids=str,
-)
-def test_misuse_ends_in_one_line(write, args, message):
-    done = write(*args)
-    assert done.status == 2 and len(done.lines) == 1 and message in done.stderr

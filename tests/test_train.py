@@ -1646,5 +1646,5 @@ def test_resume_keeps_the_model(tmp_path, saved, same):
     assert known["lr"] == 0.1 and "sliding_window" not in known  # which a model without windows has no flag for
     wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
     for name, value in wrongs.items():
-        with pytest.raises(ValueError, match="another model"):
+        with pytest.raises(ValueError, match=f"cannot change --{name}: that would be another model"):
             train.resolve_flags(given | {name: value})
