@@ -1,7 +1,10 @@
 """What a user gets wrong ends in one clear line, which names it, and exit status 2: no traceback, nothing written."""
 
 import io
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_run, command, flags, rewrite
+from conftest import ENVIRONMENT, ROOT, assert_same_run, command, flags, rewrite
 
 import sample
 import train
@@ -265,6 +268,24 @@ def test_streams_that_are_closed(finished, call, monkeypatch):
     assert_refused(call(sample, "--checkpoint", finished.out, "--prompt", "-"), "standard input is closed")
     monkeypatch.setattr("sys.stderr", None)
     assert "tokens/s" not in call(sample, "--checkpoint", finished.out, "--max_new_tokens", 2).stdout
+
+
+def test_what_is_closed_takes_no_files_number(tmp_path):
+    """Else a message would go into the next file that is opened, a log say."""
+    script = "import zaya\nwith zaya.stop_in_one_line(): raise SystemExit(int(open('file', 'w').fileno() < 3))"
+    closed = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ROOT}).returncode == 0
+
+
+def test_a_reader_who_has_read_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    script = "import zaya\nwith zaya.stop_in_one_line(): print('text')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -493,6 +492,20 @@ def test_only_the_newest_checkpoints_are_kept_and_the_best(tiny, call, tmp_path)
     assert "val_loss" in log_of(tmp_path)[-1]  # the last step is evaluated, too
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_stays(tiny, call, tmp_path, monkeypatch):
+    delete = shutil.rmtree
+
+    def stubborn(path, **how):
+        if path.name == "step-0000002":
+            raise PermissionError(1, "Operation not permitted")
+        delete(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    done = call(train, *flags(**tiny, keep=1, out=tmp_path / "out"))
+    assert done.status == 0 and "step-0000002 stays, it could not be deleted: Operation not permitted" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("out/step-*")) == ["step-0000002", "step-0000006"]
+
+
 def test_a_best_checkpoint_that_was_being_replaced_comes_back(finished, call, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     (out / "best").rename(out / ".best.old")  # and then the power went
@@ -684,6 +697,26 @@ def test_init_from_takes_a_presets_recipe_but_not_its_model(finished, tiny_data,
     assert Zaya.from_pretrained(tmp_path).config.rope_theta == Zaya.from_pretrained(finished.out).config.rope_theta
 
 
+def test_a_preset_brings_its_recipe_and_flags_win(tiny, call, tmp_path):
+    few = {name: value for name, value in tiny.items() if name not in ("lr", "warmup")} | {"steps": 1, "warmup": 7}
+    assert call(train, *flags(**few, preset="mini", out=tmp_path)).status == 0
+    kept = read_json(tmp_path / "args.json") | {"sha256": None}
+    recipe = train.RECIPES["mini"]
+    assert (kept["lr"], kept["warmup"], kept["steps"]) == (recipe["lr"], 7, 1)
+    assert call(train, "--out", tmp_path, "--resume", "--steps", 2).status == 0
+    assert read_json(tmp_path / "args.json") | {"sha256": None} == kept | {"steps": 2}
+    assert set(train.RECIPES) == set(PRESETS) - {"nano"}
+
+
+def test_zaya1_8b_starts_as_its_report_says():
+    recipe = train.RECIPES["zaya1-8b"]
+    config = TrainConfig(preset="zaya1-8b", **train.flags_of(TrainConfig, recipe))
+    model = train.model_config(config, recipe, vocab_size=262272, eot=None)
+    assert (model.max_position_embeddings, model.rope_theta) == (4096, 1e4)
+    assert config.batch_size * config.block_size == 2**24
+    assert config.steps * config.batch_size * config.block_size == pytest.approx(8e12, rel=0.01)
+
+
 @pytest.mark.parametrize("width, lr", [(256, None), (512, 4e-3), (768, 4e-3), (2048, 6e-4), (4096, 6e-4)])
 def test_a_model_to_tune_has_the_learning_rate_of_its_width(width, lr, tmp_path):
     config = zaya.config_to_json(replace(PRESETS["nano"], hidden_size=width), "float32")
@@ -769,7 +802,7 @@ def test_a_small_log(tiny, call, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs beside each other
+# What a run says of its speed
 
 
 def test_a_log_with_gaps(tmp_path, capsys):
@@ -831,6 +864,10 @@ def test_the_slowest_rank_is_named(capsys):
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs beside each other
+
+
 def test_plot_prints_mean_and_spread_and_draws(finished, tiny, call, tmp_path):
     """Two seeds of one run, and a dense one, whatever its name is."""
     moe_1, moe_2, dense = shutil.copytree(finished.out, tmp_path / "moe-1"), tmp_path / "moe-2", tmp_path / "$密,集"
@@ -849,6 +886,30 @@ def test_plot_prints_mean_and_spread_and_draws(finished, tiny, call, tmp_path):
 def test_plot_of_what_is_no_run(finished, call, tmp_path):
     done = call(train, "--plot", finished.out, tmp_path, "--out", tmp_path)
     assert done.status == 2 and len(done.lines) == 1 and "holds no run" in done.stderr
+
+
+def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
+    runs = [finished.out, shutil.copytree(finished.out, tmp_path / "out-2")]
+    rewrite(runs[1] / "args.json", seed=2)
+    (runs[1] / "log.jsonl").write_text(json.dumps(log_of(runs[0])[0] | {"step": 7}) + "\n")
+    done = call(train, "--plot", *runs, "--out", tmp_path / "plot")
+    assert done.status == 2 and len(done.lines) == 1 and "share no step" in done.stderr
+
+
+def test_runs_of_one_seed_are_no_group(finished, call, tmp_path, monkeypatch):
+    """Their difference must be another: the code, say. Runs of two seeds are one row."""
+    runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
+    rewrite(runs[2] / "args.json", seed=7)
+    for run in runs:
+        entries = [e | {"step_ms": 100 * e["step"], "tokens": 10_000 * e["tokens"]} for e in log_of(run)]
+        (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    ends, draw = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, *rest, **how: ends.append(max(x)) or draw(axis, x, *rest, **how))
+    rows = call(train, "--plot", *runs, "--out", tmp_path / "plot").stdout.splitlines()[2:4]
+    rows = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert [row[1:3] for row in rows] == [["out", "2"], ["out-mine", "1"]]
+    assert [row[4:6] for row in rows] == [["3.84", "350"]] * 2  # million tokens, milliseconds
+    assert ends[:3] == pytest.approx([3.84, 6 * 0.35, 3.84])  # of the curves: million tokens, seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1037,6 +1098,81 @@ def test_a_run_without_pictures_is_a_run(error, finished, call, tmp_path, monkey
     assert f"pictures: experts.png in {out}; more text: " in done.stdout
 
 
+def test_a_signal_during_the_last_sample_ends_that_alone(finished, call, tmp_path, monkeypatch):
+    def write(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # tokens
+            time.sleep(0.01)
+        raise AssertionError("nobody has heard it")
+
+    monkeypatch.setattr(Zaya, "generate", write)
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, "--out", out, "--resume").status == 0
+
+
+def test_a_longer_block_is_the_models_context(finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    assert call(train, "--out", out, "--resume", "--steps", 7, "--block_size", 32).status == 0
+    assert Zaya.from_pretrained(out).config.max_position_embeddings == 32
+
+
+@pytest.mark.parametrize("saved, same", [({}, 16), ({"num_experts": 8}, 8)], ids=["the preset's", "a flag's"])
+def test_resume_keeps_the_model(tmp_path, saved, same):
+    """What a flag would change is refused, what it says once more is not."""
+    kept = {"preset": "nano", "init_from": None, "block_size": 32} | saved
+    (tmp_path / "args.json").write_text(json.dumps(kept))
+    given = {"out": str(tmp_path), "resume": True}
+    known, _ = train.resolve_flags(given | {"num_experts": same, "lr": 0.1, "sliding_window": None})
+    assert known["lr"] == 0.1 and "sliding_window" not in known  # which a model without windows has no flag for
+    wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
+    for name, value in wrongs.items():
+        with pytest.raises(ValueError, match=f"cannot change --{name}: that would be another model"):
+            train.resolve_flags(given | {name: value})
+
+
+def test_another_batch_size_goes_on_in_the_same_order(tiny, call, tmp_path, monkeypatch):
+    """Nothing is seen twice, nothing is left out; and the log counts the tokens."""
+    seen, whole = [], Tokens.training_batch
+    monkeypatch.setattr(Tokens, "training_batch", lambda self, *rest: seen.append(rest[:2]) or whole(self, *rest))
+    plan = tiny | {"out": tmp_path / "out", "steps": 3, "batch_size": 4, "micro_batch_size": None}
+    assert call(train, *flags(**plan)).status == 0
+    assert call(train, "--out", plan["out"], "--resume", "--steps", 5, "--batch_size", 2).status == 0
+    places = [i for first, last in seen for i in range(first, last)]
+    assert places == [*range(3 * 4 + 2 * 2)]
+    assert [e["tokens"] for e in log_of(plan["out"])] == [16 * n for n in (4, 8, 12, 14, 16)]
+
+
+def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
+    out, data = (shutil.copytree(source, tmp_path / source.name) for source in (finished.out, tiny_data))
+    with open(data / "train.bin", "ab") as file:
+        file.write((data / "val.bin").read_bytes())
+    done = call(train, "--out", out, "--resume", "--steps", 8, "--data", data)
+    assert done.status == 0 and "other training tokens than at step 6" in done.stdout
+    assert "other training tokens" not in call(train, "--out", out, "--resume", "--steps", 9).stdout
+
+
+@pytest.mark.parametrize("other", [{"eval_batches": 1}, {"block_size": 32}], ids=str)
+def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(other, finished, call, tmp_path):
+    """And so it takes the next evaluation's checkpoint, even if that is worse."""
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    worse = {"resume": True, "steps": 9, "lr": 100.0, "warmup": 0}
+    assert call(train, *flags(out=out, **worse)).status == 0
+    assert read_json(out / "best" / "trainer.json")["step"] == 6
+    done = call(train, *flags(out=out, **worse | {"steps": 12}, **other))
+    assert done.status == 0 and f"checkpoint takes the place of {out}/best" in done.stdout
+    assert read_json(out / "best" / "trainer.json")["step"] >= 12
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: (best / "model.safetensors").write_bytes(b"")])
+def test_a_best_that_is_not_whole_is_said_and_made_anew(damage, finished, call, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    damage(out / "best")
+    done = call(train, *flags(out=out, resume=True, steps=9, lr=100.0, warmup=0))
+    assert done.status == 0 and f"{out}/best is not whole" in done.stderr
+    assert read_json(out / "best" / "trainer.json")["step"] == 9
+    train.check(out / "best")
+
+
 def test_torchruns_restart_resumes_by_itself(finished, tiny, call, tmp_path, monkeypatch):
     """torchrun starts a crashed command again as it was, without --resume, and says so in the environment."""
     out = shutil.copytree(finished.out, tmp_path / "out")
@@ -1081,26 +1217,6 @@ def assert_near(out, other, within):
     for name, tensor in tensors.items():
         if name.startswith("model."):
             assert (tensor - expected[name]).abs().max() < 10 * within, name
-
-
-def test_a_preset_brings_its_recipe_and_flags_win(tiny, call, tmp_path):
-    few = {name: value for name, value in tiny.items() if name not in ("lr", "warmup")} | {"steps": 1, "warmup": 7}
-    assert call(train, *flags(**few, preset="mini", out=tmp_path)).status == 0
-    kept = read_json(tmp_path / "args.json") | {"sha256": None}
-    recipe = train.RECIPES["mini"]
-    assert (kept["lr"], kept["warmup"], kept["steps"]) == (recipe["lr"], 7, 1)
-    assert call(train, "--out", tmp_path, "--resume", "--steps", 2).status == 0
-    assert read_json(tmp_path / "args.json") | {"sha256": None} == kept | {"steps": 2}
-    assert set(train.RECIPES) == set(PRESETS) - {"nano"}
-
-
-def test_zaya1_8b_starts_as_its_report_says():
-    recipe = train.RECIPES["zaya1-8b"]
-    config = TrainConfig(preset="zaya1-8b", **train.flags_of(TrainConfig, recipe))
-    model = train.model_config(config, recipe, vocab_size=262272, eot=None)
-    assert (model.max_position_embeddings, model.rope_theta) == (4096, 1e4)
-    assert config.batch_size * config.block_size == 2**24
-    assert config.steps * config.batch_size * config.block_size == pytest.approx(8e12, rel=0.01)
 
 
 @pytest.mark.parametrize("block_size, sequences", [(16, 16), (1024, 16), (3000, 8), (4096, 8), (32768, 1), (131072, 1)])
@@ -1385,6 +1501,10 @@ def test_every_rank_has_its_share(tmp_path):
     assert max(work) < 1.2 * min(work)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and operations
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "kernels, dtype, T, within",
@@ -1517,134 +1637,3 @@ def test_a_run_that_explodes_stops_with_what_it_had(tiny, call, tmp_path):
     log = log_of(tmp_path)
     assert log[-1]["loss"] is None and log[-1]["skipped"] == 10 and len(log) < 40
     assert all(Zaya.from_pretrained(path) for path in tmp_path.glob("step-*"))  # whatever was saved is finite
-
-
-def test_another_batch_size_goes_on_in_the_same_order(tiny, call, tmp_path, monkeypatch):
-    """Nothing is seen twice, nothing is left out; and the log counts the tokens."""
-    seen, whole = [], Tokens.training_batch
-    monkeypatch.setattr(Tokens, "training_batch", lambda self, *rest: seen.append(rest[:2]) or whole(self, *rest))
-    plan = tiny | {"out": tmp_path / "out", "steps": 3, "batch_size": 4, "micro_batch_size": None}
-    assert call(train, *flags(**plan)).status == 0
-    assert call(train, "--out", plan["out"], "--resume", "--steps", 5, "--batch_size", 2).status == 0
-    places = [i for first, last in seen for i in range(first, last)]
-    assert places == [*range(3 * 4 + 2 * 2)]
-    assert [e["tokens"] for e in log_of(plan["out"])] == [16 * n for n in (4, 8, 12, 14, 16)]
-
-
-def test_seeds_whose_logs_share_no_step_are_refused(finished, call, tmp_path):
-    runs = [finished.out, shutil.copytree(finished.out, tmp_path / "out-2")]
-    rewrite(runs[1] / "args.json", seed=2)
-    (runs[1] / "log.jsonl").write_text(json.dumps(log_of(runs[0])[0] | {"step": 7}) + "\n")
-    done = call(train, "--plot", *runs, "--out", tmp_path / "plot")
-    assert done.status == 2 and len(done.lines) == 1 and "share no step" in done.stderr
-
-
-def test_runs_of_one_seed_are_no_group(finished, call, tmp_path, monkeypatch):
-    """Their difference must be another: the code, say. Runs of two seeds are one row."""
-    runs = [shutil.copytree(finished.out, tmp_path / name) for name in ("out", "out-mine", "out-seed")]
-    rewrite(runs[2] / "args.json", seed=7)
-    for run in runs:
-        entries = [e | {"step_ms": 100 * e["step"], "tokens": 10_000 * e["tokens"]} for e in log_of(run)]
-        (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    ends, draw = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda axis, x, *rest, **how: ends.append(max(x)) or draw(axis, x, *rest, **how))
-    rows = call(train, "--plot", *runs, "--out", tmp_path / "plot").stdout.splitlines()[2:4]
-    rows = [[cell.strip() for cell in row.split("|")] for row in rows]
-    assert [row[1:3] for row in rows] == [["out", "2"], ["out-mine", "1"]]
-    assert [row[4:6] for row in rows] == [["3.84", "350"]] * 2  # million tokens, milliseconds
-    assert ends[:3] == pytest.approx([3.84, 6 * 0.35, 3.84])  # of the curves: million tokens, seconds
-
-
-def test_changed_data_is_said(finished, tiny_data, call, tmp_path):
-    out, data = (shutil.copytree(source, tmp_path / source.name) for source in (finished.out, tiny_data))
-    with open(data / "train.bin", "ab") as file:
-        file.write((data / "val.bin").read_bytes())
-    done = call(train, "--out", out, "--resume", "--steps", 8, "--data", data)
-    assert done.status == 0 and "other training tokens than at step 6" in done.stdout
-    assert "other training tokens" not in call(train, "--out", out, "--resume", "--steps", 9).stdout
-
-
-@pytest.mark.parametrize("other", [{"eval_batches": 1}, {"block_size": 32}], ids=str)
-def test_the_best_is_forgotten_where_losses_would_be_of_other_tokens(other, finished, call, tmp_path):
-    """And so it takes the next evaluation's checkpoint, even if that is worse."""
-    out = shutil.copytree(finished.out, tmp_path / "out")
-    worse = {"resume": True, "steps": 9, "lr": 100.0, "warmup": 0}
-    assert call(train, *flags(out=out, **worse)).status == 0
-    assert read_json(out / "best" / "trainer.json")["step"] == 6
-    done = call(train, *flags(out=out, **worse | {"steps": 12}, **other))
-    assert done.status == 0 and f"checkpoint takes the place of {out}/best" in done.stdout
-    assert read_json(out / "best" / "trainer.json")["step"] >= 12
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, lambda best: (best / "model.safetensors").write_bytes(b"")])
-def test_a_best_that_is_not_whole_is_said_and_made_anew(damage, finished, call, tmp_path):
-    out = shutil.copytree(finished.out, tmp_path / "out")
-    damage(out / "best")
-    done = call(train, *flags(out=out, resume=True, steps=9, lr=100.0, warmup=0))
-    assert done.status == 0 and f"{out}/best is not whole" in done.stderr
-    assert read_json(out / "best" / "trainer.json")["step"] == 9
-    train.check(out / "best")
-
-
-def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_stays(tiny, call, tmp_path, monkeypatch):
-    delete = shutil.rmtree
-
-    def stubborn(path, **how):
-        if path.name == "step-0000002":
-            raise PermissionError(1, "Operation not permitted")
-        delete(path, **how)
-
-    monkeypatch.setattr(shutil, "rmtree", stubborn)
-    done = call(train, *flags(**tiny, keep=1, out=tmp_path / "out"))
-    assert done.status == 0 and "step-0000002 stays, it could not be deleted: Operation not permitted" in done.stderr
-    assert sorted(path.name for path in tmp_path.glob("out/step-*")) == ["step-0000002", "step-0000006"]
-
-
-def test_a_signal_during_the_last_sample_ends_that_alone(finished, call, tmp_path, monkeypatch):
-    def write(*_, **__):
-        os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(1000):  # tokens
-            time.sleep(0.01)
-        raise AssertionError("nobody has heard it")
-
-    monkeypatch.setattr(Zaya, "generate", write)
-    out = shutil.copytree(finished.out, tmp_path / "out")
-    assert call(train, "--out", out, "--resume").status == 0
-
-
-def test_what_is_closed_takes_no_files_number(tmp_path):
-    """Else a message would go into the next file that is opened, a log say."""
-    script = "import zaya\nwith zaya.stop_in_one_line(): raise SystemExit(int(open('file', 'w').fileno() < 3))"
-    closed = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
-    assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ROOT}).returncode == 0
-
-
-def test_a_reader_who_has_read_enough_is_no_error():
-    read, write = os.pipe()
-    os.close(read)
-    script = "import zaya\nwith zaya.stop_in_one_line(): print('text')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE
-    )
-    os.close(write)
-    assert done.returncode == 0 and not done.stderr
-
-
-def test_a_longer_block_is_the_models_context(finished, call, tmp_path):
-    out = shutil.copytree(finished.out, tmp_path / "out")
-    assert call(train, "--out", out, "--resume", "--steps", 7, "--block_size", 32).status == 0
-    assert Zaya.from_pretrained(out).config.max_position_embeddings == 32
-
-
-@pytest.mark.parametrize("saved, same", [({}, 16), ({"num_experts": 8}, 8)], ids=["the preset's", "a flag's"])
-def test_resume_keeps_the_model(tmp_path, saved, same):
-    """What a flag would change is refused, what it says once more is not."""
-    kept = {"preset": "nano", "init_from": None, "block_size": 32} | saved
-    (tmp_path / "args.json").write_text(json.dumps(kept))
-    given = {"out": str(tmp_path), "resume": True}
-    known, _ = train.resolve_flags(given | {"num_experts": same, "lr": 0.1, "sliding_window": None})
-    assert known["lr"] == 0.1 and "sliding_window" not in known  # which a model without windows has no flag for
-    wrongs = {"num_experts": 32, "preset": "mini", "init_from": "elsewhere", "max_position_embeddings": 256}
-    for name, value in wrongs.items():
-        with pytest.raises(ValueError, match=f"cannot change --{name}: that would be another model"):
-            train.resolve_flags(given | {name: value})
