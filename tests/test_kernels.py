@@ -25,29 +25,31 @@ SMALL = ZayaConfig(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8, num_experts=5,
     moe_intermediate_size=40, router_hidden_size=24, vocab_size=50,
 )  # fmt: skip
-FUNCTIONS = [
-    "cca", "route", "dispatch", "experts", "combine", "merge",
-    "cross_entropy", "product", "merged_product", "cca_step", "experts_of_few", "attend_past",
-]  # fmt: skip
-SHAPES = {  # batch, tokens, and what differs from SMALL
-    "tails": (2, 37, {}),
-    "one token": (1, 1, {}),
-    "one expert": (1, 20, dict(num_experts=1)),
-    "many experts, most of them idle": (1, 33, dict(num_experts=256, moe_intermediate_size=8, hidden_size=16)),
-    "two key heads of 40": (1, 20, dict(num_attention_heads=6, num_key_value_heads=2, head_dim=40)),
-    "a key head a query head": (2, 5, dict(num_attention_heads=3, num_key_value_heads=3)),
-    "head of 32": (1, 40, dict(head_dim=32)),
-    "head of 96, whole head rotated": (1, 9, dict(head_dim=96, partial_rotary_factor=1.0)),
-    "head of 256": (1, 3, dict(head_dim=256, num_attention_heads=1)),
-    "taps 1 and 3": (1, 20, dict(cca_time0=1, cca_time1=3)),
-    "taps 3 and 1": (1, 20, dict(cca_time0=3, cca_time1=1)),
-    "two taps": (2, 3, dict(cca_time0=1, cca_time1=2)),
-    "no convolution at all": (2, 3, dict(cca_time0=1, cca_time1=1)),
-    "odd widths": (1, 21, dict(hidden_size=51, moe_intermediate_size=17, router_hidden_size=9)),
-    "wide rows": (1, 9, dict(hidden_size=520, moe_intermediate_size=140)),
-    "wide router": (1, 18, dict(router_hidden_size=130, num_experts=40)),
-}
-COMBINATIONS = [(shape, name) for shape in SHAPES for name in FUNCTIONS]
+HEADS = ["cca", "product", "merged_product", "cca_step", "attend_past"]  # functions that see the shape of heads
+MIXTURE = ["route", "dispatch", "experts", "combine", "experts_of_few"]  # and of experts
+WIDTH = ["merge", "product", "merged_product", *MIXTURE]  # and the width of the stream
+FUNCTIONS = [*HEADS, *MIXTURE, "merge", "cross_entropy"]
+SHAPES = {  # batch, tokens, what differs from SMALL, and for which functions
+    "tails": (2, 37, {}, FUNCTIONS),
+    "one token": (1, 1, {}, FUNCTIONS),
+    "one expert": (1, 20, dict(num_experts=1), MIXTURE),
+    "many experts, most of them idle": (
+        1, 33, dict(num_experts=256, moe_intermediate_size=8, hidden_size=16), WIDTH
+    ),
+    "two key heads of 40": (1, 20, dict(num_attention_heads=6, num_key_value_heads=2, head_dim=40), HEADS),
+    "a key head a query head": (2, 5, dict(num_attention_heads=3, num_key_value_heads=3), HEADS),
+    "head of 32": (1, 40, dict(head_dim=32), HEADS),
+    "head of 96, whole head rotated": (1, 9, dict(head_dim=96, partial_rotary_factor=1.0), HEADS),
+    "head of 256": (1, 3, dict(head_dim=256, num_attention_heads=1), HEADS),
+    "taps 1 and 3": (1, 20, dict(cca_time0=1, cca_time1=3), ["cca", "cca_step"]),
+    "taps 3 and 1": (1, 20, dict(cca_time0=3, cca_time1=1), ["cca", "cca_step"]),
+    "two taps": (2, 3, dict(cca_time0=1, cca_time1=2), ["cca", "cca_step"]),
+    "no convolution at all": (2, 3, dict(cca_time0=1, cca_time1=1), ["cca", "cca_step"]),
+    "odd widths": (1, 21, dict(hidden_size=51, moe_intermediate_size=17, router_hidden_size=9), FUNCTIONS),
+    "wide rows": (1, 9, dict(hidden_size=520, moe_intermediate_size=140), WIDTH),
+    "wide router": (1, 18, dict(router_hidden_size=130, num_experts=40), MIXTURE),
+}  # fmt: skip
+COMBINATIONS = [(shape, name) for shape, (*_, names) in SHAPES.items() for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,7 @@ def results_and_gradients(choice, name, args):
 
 
 def arguments(shape, name, dtype):
-    B, T, changes = SHAPES[shape]
+    B, T, changes, _ = SHAPES[shape]
     torch.manual_seed(0)
     return cases(replace(SMALL, **changes), B, T, "cpu", dtype)[name][0]
 
