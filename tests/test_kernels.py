@@ -304,22 +304,28 @@ def test_one_text_takes_fewer_launches(attention, launches, monkeypatch):
     assert len(counted) == launches * len(model.layers) + 1
 
 
-def test_five_steps():
-    """...each with the weights that the last one changed in place."""
+def test_twenty_steps():
+    """Losses agree while all tokens meet the same experts; one that rounding sends elsewhere parts them a little."""
     runs = []
     for way in ("eager", "triton"):
         model = tiny_model(way, num_attention_heads=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        generator, losses = torch.Generator().manual_seed(0), []
-        for _ in range(5):
+        generator, losses, counts = torch.Generator().manual_seed(0), [], []
+        for _ in range(20):
             tokens = torch.randint(50, (1, 18), generator=generator).cumsum(dim=1) % 50
             loss = model(tokens[:, :-1], tokens[:, 1:])[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        runs.append(losses)
-    assert runs[1] == pytest.approx(runs[0], abs=1e-4)
+            counts.append(torch.stack([router.counts for router in model.routers]).tolist())
+        runs.append((losses, counts))
+    (theirs, their_counts), (ours, our_counts) = runs
+    flip = next((i for i, (a, b) in enumerate(zip(their_counts, our_counts)) if a != b), 20)
+    print(f"first token routed otherwise: {'none' if flip == 20 else f'step {flip}'}")
+    assert flip > 0 and theirs[0] != theirs[-1]
+    assert max(abs(a - b) for a, b in zip(theirs[:flip], ours[:flip])) < 1e-4
+    assert max(abs(a - b) for a, b in zip(theirs, ours)) < 5e-2
 
 
 def test_one_graph_and_the_same_bits():

@@ -1250,9 +1250,15 @@ def test_compiled_is_the_same(finished, tiny, call, tmp_path):
         )
 
 
-def test_two_ranks_are_one_with_two_micro_batches(finished, tiny, call, tmp_path):
-    out = tmp_path / "two"
-    stdout, stderr = train_on_ranks(2, *flags(**tiny, keep=9, out=out))
+@pytest.fixture(scope="module")
+def on_two_ranks(tiny, tmp_path_factory):
+    """The run `finished`, on two ranks -> its folder, and what both said on stdout and on stderr."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, *train_on_ranks(2, *flags(**tiny, keep=9, out=out))
+
+
+def test_two_ranks_are_one_with_two_micro_batches(on_two_ranks, finished, tiny, call, tmp_path):
+    out, stdout, stderr = on_two_ranks
     assert stdout.count("a sample:") == 1  # only the first rank speaks
     assert not re.search(r"\wWarning", stderr), stderr  # a FutureWarning, say
     assert re.search(r"the slowest is rank [01]: \d+\.\d ms for a forward and backward pass", stdout)
@@ -1288,11 +1294,12 @@ def test_one_step_is_the_same_on_any_number_of_ranks(tiny, call, tmp_path):
             )
 
 
-def test_saved_on_one_rank_resumed_on_four(finished, tmp_path):
-    out = shutil.copytree(finished.out, tmp_path / "out")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_saved_on_two_ranks_resumed_on_others(ranks, on_two_ranks, finished, tmp_path):
+    out = shutil.copytree(on_two_ranks[0], tmp_path / "out")
     for checkpoint in ("step-0000004", "step-0000006"):
         shutil.rmtree(out / checkpoint)
-    train_on_ranks(4, "--out", out, "--resume")
+    train_on_ranks(ranks, "--out", out, "--resume")
     assert_near(out, finished.out, 1e-5)
     alone, several = (log_of(run)[-1]["val_loss"] for run in (finished.out, out))
     assert abs(alone - several) < 1e-5  # on the same part of the validation text
