@@ -19,8 +19,10 @@ from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from unicodedata import category, east_asian_width
 
 import torch
+from tqdm import tqdm
 
 from data.tokenizer import load_tokenizer
 from zaya import (
@@ -136,8 +138,8 @@ class Writer:
             tokens, config.max_new_tokens, config.temperature, config.top_k, config.top_p, self.ends
         ):
             column = column.tolist()
+            speed.tick(len(open_rows))  # the id that ends a text took as long as any other
             open_rows -= {i for i in open_rows if column[i] in self.ends}
-            speed.tick(len(open_rows))
             for i in open_rows:
                 rows[i].append(column[i])
             if show and 0 in open_rows:
@@ -155,7 +157,7 @@ class Speed:
         self.times, self.kept = [time.perf_counter()], []
 
     def tick(self, kept):
-        """One more token for every text; `kept` of them belong to texts that had not ended."""
+        """One more token for every text; `kept` of them belong to texts that had not ended before."""
         self.times.append(time.perf_counter())
         self.kept.append(kept)
 
@@ -286,7 +288,7 @@ def show_experts(writer, ids, new, layer):
             print(in_color(f"{name} {len(own):4}", expert) + "  " + " ".join(repr(piece) for piece in often))
     if not pieces:
         return
-    draw_experts(pieces, chosen[:, start:], probability[:, start:], experts, Path("experts.png"))
+    draw_experts(pieces, chosen[:, start:], probability[:, start:], experts, layer, Path("experts.png"))
     print("picture: experts.png")
 
 
@@ -297,10 +299,11 @@ def pieces_of(tokenizer, ids, prompt=()):
     return [*pieces[:-1], pieces[-1] + growing.rest()] if pieces else []
 
 
-def draw_experts(pieces, chosen, probability, experts, path):
-    """A panel a layer (eight at most), a column a token (the first 80), a row an expert; dark: sure of its choice."""
+def draw_experts(pieces, chosen, probability, experts, layer, path):
+    """A panel a layer (this and at most eight others), a column a token (the first 80), a row an expert; dark: sure of
+    its choice."""
     plt, count, surest = pyplot(), min(80, len(pieces)), probability.max().item()
-    layers = sorted({round(i * (len(chosen) - 1) / 7) for i in range(8)})
+    layers = sorted({layer} | {round(i * (len(chosen) - 1) / 7) for i in range(8)})
     blues = plt.matplotlib.colors.ListedColormap(plt.get_cmap("Blues")(range(80, 256)))  # without the palest
     figure, axes = plt.subplots(
         len(layers), 1, figsize=(4 + 0.16 * count, 1 + 1.5 * len(layers)), sharex=True, squeeze=False,
@@ -335,8 +338,10 @@ def bits_a_byte(writer, text):
     ids = ids if bos is None else [bos, *ids]
     if len(ids) < 2:
         raise ValueError("--text is too short to measure anything on")
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f"--text has the token id {max(ids)}, the model knows {model.config.vocab_size}")
     context, nats = min(model.config.max_position_embeddings, 2048), 0.0
-    for start in range(0, len(ids) - 1, context):
+    for start in tqdm(range(0, len(ids) - 1, context), "read --text", unit="block", leave=False, disable=None):
         block = torch.tensor([ids[start : start + context + 1]], device=writer.config.device)
         _, loss = model(block[:, :-1], block[:, 1:])
         nats += loss.item() * (block.shape[1] - 1)
@@ -356,7 +361,8 @@ def compare(config, prompt):
         rows, speed = writer.write(ids)
         c, rate = writer.model.config, speed.tokens_per_s
         switches = [f"{name} {getattr(c, name)}" for name, value in ZAYA1.items() if getattr(c, name) != value]
-        total, active, flops, kv_bytes = token_costs(c, len(ids) + config.max_new_tokens)
+        length = min(len(ids) + config.max_new_tokens, c.max_position_embeddings)
+        total, active, flops, kv_bytes = token_costs(c, length)
         facts.append({
             "": path,
             "architecture": f"{c.attention}, {'dense' if c.mlp == 'dense' else f'{c.num_experts} experts'}",
@@ -366,25 +372,30 @@ def compare(config, prompt):
             "MFLOP a token": f"{flops / 1e6:,.1f}",
             "KV-cache bytes a token, bf16": f"{kv_bytes:,}",
             "tokens/s": f"{rate:,.1f}",
-            f"$ a million tokens (${config.gpu_hour:g} an hour)":
-                f"{1e6 / rate / 3600 * config.gpu_hour:.2f}" if rate else "-",  # of a text that ended at once
+            f"$ a million tokens, ${config.gpu_hour:g}/hour": f"{1e6 / rate / 3600 * config.gpu_hour:.2f}",
         } | ({"bits a byte of --text": f"{bits_a_byte(writer, text):.4f}"} if config.text else {}))  # fmt: skip
         columns.append(["".join(pieces_of(writer.tokenizer, row, ids)) for row in rows])
+        del writer, speed  # before the other model is loaded
     label = max(map(len, facts[0]))
     width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
+    left, right = (max(24, *map(len, fact.values())) for fact in facts)
     for name in facts[0]:
-        print(f"{name:{label}}  {facts[0][name]:>24}  {facts[1][name]:>24}")
+        print(f"{name:{label}}  {facts[0][name]:>{left}}  {facts[1][name]:>{right}}")
     if not both_zaya1:
-        print("(tokens/s: both without the short cuts of a ZAYA1's decoding, which only one of them could take)")
+        print("(tokens/s: both without the short cuts of a ZAYA1's decoding, which not both could take)")
     for a, b in zip(*columns):
-        print(f"\n{config.compare[0]:{width}} | {config.compare[1]}\n{'-' * width}-+-{'-' * width}")
+        names = " | ".join(f"{path[-width:]:{width}}" for path in config.compare)
+        print(f"\n{names}\n{'-' * width}-+-{'-' * width}")
         start = "" if config.chat else prompt
         for left, right in zip_longest(folded(start + a, width), folded(start + b, width), fillvalue=""):
-            print(f"{left:{width}} | {right}")
+            print(f"{left:{width}} | {right}".replace("\0", ""))
 
 
 def folded(text, width):
-    """A text's lines, none longer than width."""
+    """A text's lines, none wider than width. What would move the cursor becomes U+FFFD; a character as wide as two has
+    a NUL behind it, to be left out in print."""
+    text = "".join("\ufffd" if category(c) == "Cc" and c not in "\n\r\t" else c for c in text)
+    text = "".join(f"{c}\0" if east_asian_width(c) in "FW" else c for c in text)
     lines = [line.expandtabs(4) for line in text.split("\n")]
     return [part for line in lines for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command, flags
+from matplotlib.axes import Axes
 
 import sample
 import train
@@ -264,6 +265,16 @@ def test_experts_are_shown_of_the_new_tokens_in_the_layer_asked_for(finished, mo
     assert drawn[0].equal(chosen[:, 2:]) and drawn[1].equal(chosen[:, 2:] / 10)
 
 
+def test_the_picture_has_the_layer_asked_for(tmp_path, monkeypatch):
+    """Of forty layers it shows nine at most."""
+    names, name = [], Axes.set_ylabel
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axis, text, **how: names.append(text) or name(axis, text, **how))
+    chosen = torch.zeros(40, 3, dtype=torch.long)
+    sample.draw_experts(list("abc"), chosen, chosen + 0.5, 4, 21, tmp_path / "experts.png")
+    layers = [int(text.split()[1]) for text in names if text.startswith("layer")]
+    assert layers == sorted(layers) and {0, 21, 39} < set(layers) and len(layers) == 9
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two checkpoints side by side
 
@@ -282,9 +293,9 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
         model = Zaya.from_pretrained(out)
         total, active = model.parameter_counts()
         assert table["parameters"][i] == f"{total:,}" and table["active a token"][i] == f"{active:,}"
-        assert table["MFLOP a token"][i] == f"{len('3 times') + 1 + 20}.0"  # at the end of the text
+        assert table["MFLOP a token"][i] == "16.0"  # at the end of the text, which is longer than the context
         assert table["KV-cache bytes a token, bf16"][i] == f"{costs(model.config, 1)[3]:,}"
-        rate, dollars = (table[name][i].replace(",", "") for name in ("tokens/s", "$ a million tokens ($3600 an hour)"))
+        rate, dollars = (table[name][i].replace(",", "") for name in ("tokens/s", "$ a million tokens, $3600/hour"))
         assert float(dollars) == pytest.approx(1e6 / float(rate), rel=0.01)
         alone = call(sample, "--checkpoint", out, *args).stdout
         column = "".join(re.split(r" \| ", line)[i] if " | " in line else "" for line in done.stdout.splitlines()[12:])
@@ -294,6 +305,7 @@ def test_compare_shows_both_their_costs_and_texts(finished, tiny, call, tmp_path
 
 def test_folded_lines():
     assert sample.folded("a\n\n\tbcd efg\n", 8) == ["a", "", "    bcd ", "efg", ""]
+    assert sample.folded("\x1b[1m\u3000漢字\x08", 8) == ["\ufffd[1m\u3000\0漢\0", "字\0\ufffd"]
 
 
 @pytest.mark.parametrize("other, decoders", [("sparse", 2), ("dense", 0)])
@@ -309,6 +321,8 @@ def test_compare_lets_both_decode_the_same_way(finished, tiny, call, monkeypatch
     done = call(sample, "--compare", finished.out, out, "--device", "cpu", "--max_new_tokens", 3, "--prompt", "3")
     assert done.status == 0 and len(made) == decoders
     assert ("short cuts" in done.stdout) == (other == "dense")
+    table = done.stdout.split("\n(" if other == "dense" else "\n\n")[0].splitlines()
+    assert len({len(row) for row in table}) == 1  # though a path is longer than any number
 
 
 @pytest.mark.parametrize("text", ["3 times 3 is 9", "3 times 3 is 9 – and so on;\n" * 2], ids=["a block", "several"])
@@ -333,6 +347,13 @@ def test_bits_a_byte_count_the_bytes_of_the_text(finished, monkeypatch):
     assert sample.bits_a_byte(writer, text) == pytest.approx(bits / len(text))
 
 
+def test_a_text_of_ids_that_the_model_does_not_have_is_refused(finished, monkeypatch):
+    writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu"))
+    monkeypatch.setattr(writer.tokenizer, "encode", lambda text: [3, 257])
+    with pytest.raises(ValueError, match="--text has the token id 257, the model knows 257"):
+        sample.bits_a_byte(writer, "ab")
+
+
 def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     """The model's own end of text, and the end of its turn; nothing is shown after the first of them."""
     writer = sample.Writer(finished.out, sample.SampleConfig(device="cpu", num_samples=2))
@@ -342,7 +363,7 @@ def test_a_chat_stops_at_either_end(finished, monkeypatch, capsys):
     monkeypatch.setattr(Zaya, "next_tokens", lambda self, *rest: (torch.tensor(column) for column in columns))
     shown = []
     rows, speed = writer.write([1, 2], shown.append)
-    assert rows == [[5], [6, 6, 6]] and shown == [5] and speed.kept == [2, 1, 1, 0]
+    assert rows == [[5], [6, 6, 6]] and shown == [5] and speed.kept == [2, 2, 1, 1]
 
 
 def test_a_text_begins_with_one_bos(finished):
