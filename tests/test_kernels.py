@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -17,6 +18,8 @@ import zaya
 from zaya import PRESETS, Zaya, ZayaConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
+
 import bench_kernels  # noqa: E402
 import kernels  # noqa: E402
 from bench_kernels import cases, in_fp32, tensors_in  # noqa: E402
@@ -57,6 +60,35 @@ def few_programs(monkeypatch):
     """So few that one has several tiles, or tokens, to loop over, as on a GPU at shapes that are no test's."""
     monkeypatch.setattr(kernels, "PROGRAMS", (3,))
     monkeypatch.setattr(kernels, "EXPERT_PROGRAMS", (3,))
+
+
+@pytest.fixture(autouse=True)
+def bounds(monkeypatch):
+    """Nothing outside the tensors that a kernel is given is read or written, whatever comes of it: on a GPU it may be
+    no memory at all."""
+    spans = []
+
+    def span(t):
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
+        return t.data_ptr(), t.data_ptr() + elements * t.element_size()
+
+    def launch(kernel, grid, *args, launch=kernels.launch, **constants):
+        if not isinstance(args[0], kernels.FakeTensor):
+            spans[:] = [span(t) for t in args if isinstance(t, torch.Tensor)]
+            launch(kernel, grid, *args, **constants)
+
+    def checked(access, place):  # of the mask among the arguments
+        def check(self, pointers, *args, **kwargs):
+            first = pointers.data[args[place].data]
+            end = first + pointers.get_element_ty().primitive_bitwidth // 8
+            assert np.any([(low <= first) & (end <= high) for low, high in spans], axis=0).all(), "outside all tensors"
+            return access(self, pointers, *args, **kwargs)
+
+        return check
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    for name, place in dict(create_masked_load=0, create_masked_store=1).items():
+        monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), place))
 
 
 def results_and_gradients(choice, name, args):
@@ -497,6 +529,13 @@ def test_a_branch_that_writes_before_it_waits_is_found(waits):
     first = f"\t@%p1 bra $L__BB0_2;\n$L__BB0_1:\n{wait}{write}\tbra.uni $L__BB0_3;\n"
     second = f"$L__BB0_2:\n{wait if waits else ''}{write}$L__BB0_3:\n\tret;\n"
     assert bench_kernels.waits_before_it_writes(first + second) == waits
+
+
+@pytest.mark.parametrize("tokens, experts", [(9, 1), (8, 2)], ids=["read", "written"])
+def test_what_lies_beyond_a_tensor_is_found(tokens, experts):
+    choice, counts = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(Exception, match="outside all tensors"):
+        kernels.launch(kernels.count_kernel, (1,), choice, counts, tokens, E=experts, BT=16)
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
