@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ import zaya
 from zaya import PRESETS, Zaya, ZayaConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 import bench_kernels  # noqa: E402
@@ -63,32 +66,42 @@ def few_programs(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def bounds(monkeypatch):
-    """Nothing outside the tensors that a kernel is given is read or written, whatever comes of it: on a GPU it may be
-    no memory at all."""
-    spans = []
+def memory(monkeypatch):
+    """Two errors that results need not show, here where programs run one after another: what lies outside a kernel's
+    tensors is read or written, or what one program writes, another reads or writes, too."""
+    spans, touched, written = [], defaultdict(list), []
 
     def span(t):
         elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
         return t.data_ptr(), t.data_ptr() + elements * t.element_size()
 
     def launch(kernel, grid, *args, launch=kernels.launch, **constants):
-        if not isinstance(args[0], kernels.FakeTensor):
-            spans[:] = [span(t) for t in args if isinstance(t, torch.Tensor)]
-            launch(kernel, grid, *args, **constants)
+        if isinstance(args[0], kernels.FakeTensor):
+            return
+        spans[:] = [span(t) for t in args if isinstance(t, torch.Tensor)]
+        touched.clear()
+        written.clear()
+        launch(kernel, grid, *args, **constants)
+        if written:
+            each = [np.unique(np.concatenate(pointers)) for pointers in touched.values()]
+            at, programs = np.unique(np.concatenate(each), return_counts=True)
+            assert not np.isin(at[programs > 1], np.concatenate(written)).any(), "programs race"
 
-    def checked(access, place):  # of the mask among the arguments
-        def check(self, pointers, *args, **kwargs):
-            first = pointers.data[args[place].data]
+    def watched(access, writes):
+        def watch(self, pointers, *args, **kwargs):
+            mask = args[1 if writes else 0]
+            first = pointers.data[mask.data]
             end = first + pointers.get_element_ty().primitive_bitwidth // 8
             assert np.any([(low <= first) & (end <= high) for low, high in spans], axis=0).all(), "outside all tensors"
+            touched[self.grid_idx].append(first)
+            written.extend([first] if writes else [])
             return access(self, pointers, *args, **kwargs)
 
-        return check
+        return watch
 
     monkeypatch.setattr(kernels, "launch", launch)
-    for name, place in dict(create_masked_load=0, create_masked_store=1).items():
-        monkeypatch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), place))
+    for name, writes in dict(create_masked_load=False, create_masked_store=True).items():
+        monkeypatch.setattr(InterpreterBuilder, name, watched(getattr(InterpreterBuilder, name), writes))
 
 
 def results_and_gradients(choice, name, args):
@@ -531,11 +544,19 @@ def test_a_branch_that_writes_before_it_waits_is_found(waits):
     assert bench_kernels.waits_before_it_writes(first + second) == waits
 
 
-@pytest.mark.parametrize("tokens, experts", [(9, 1), (8, 2)], ids=["read", "written"])
-def test_what_lies_beyond_a_tensor_is_found(tokens, experts):
-    choice, counts = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(Exception, match="outside all tensors"):
-        kernels.launch(kernels.count_kernel, (1,), choice, counts, tokens, E=experts, BT=16)
+@triton.jit
+def touch_kernel(x, read, write):
+    tl.store(x + tl.program_id(0) * write, tl.load(x + read))
+
+
+@pytest.mark.parametrize("read, write, error", [
+    (3, 1, None), (4, 1, "outside all tensors"), (3, 4, "outside all tensors"),
+    (3, 0, "programs race"), (0, 1, "programs race"),
+])  # fmt: skip
+def test_errors_of_memory_are_found(read, write, error):
+    """Of two programs, each of which writes to a tensor of four numbers."""
+    with pytest.raises(Exception, match=error) if error else nullcontext():
+        kernels.launch(touch_kernel, (2,), torch.zeros(4), read, write)
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
