@@ -378,9 +378,8 @@ def compare(config, prompt):
         del writer, speed  # before the other model is loaded
     label = max(map(len, facts[0]))
     width = max(24, (shutil.get_terminal_size((120, 24)).columns - 3) // 2)
-    left, right = (max(24, *map(len, fact.values())) for fact in facts)
     for name in facts[0]:
-        print(f"{name:{label}}  {facts[0][name]:>{left}}  {facts[1][name]:>{right}}")
+        print(f"{name:{label}}", *(f"{fact[name]:>{max(24, *map(len, fact.values()))}}" for fact in facts), sep="  ")
     if not both_zaya1:
         print("(tokens/s: both without the short cuts of a ZAYA1's decoding, which not both could take)")
     for a, b in zip(*columns):
