@@ -122,9 +122,13 @@ class Writer:
             context = model.max_position_embeddings
             message = f"the prompt has {len(ids)} tokens; the model reads the last {context}, its context"
             print(f"sample.py: {message}", file=sys.stderr)
-        if max(ids) >= model.vocab_size:
-            raise ValueError(f"the prompt has the token id {max(ids)}, the model knows {model.vocab_size}")
+        self.refuse_unknown(ids, "the prompt")
         return ids
+
+    def refuse_unknown(self, ids, what):
+        """ValueError, naming what has them, for ids that the model does not have."""
+        if max(ids) >= (known := self.model.config.vocab_size):
+            raise ValueError(f"{what} has the token id {max(ids)}, the model knows {known}")
 
     def write(self, ids, show=None):
         """Continue ids num_samples times -> the texts' new ids, and a Speed. show(id) is called for each of the
@@ -338,8 +342,7 @@ def bits_a_byte(writer, text):
     ids = ids if bos is None else [bos, *ids]
     if len(ids) < 2:
         raise ValueError("--text is too short to measure anything on")
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"--text has the token id {max(ids)}, the model knows {model.config.vocab_size}")
+    writer.refuse_unknown(ids, "--text")
     context, nats = min(model.config.max_position_embeddings, 2048), 0.0
     for start in tqdm(range(0, len(ids) - 1, context), "read --text", unit="block", leave=False, disable=None):
         block = torch.tensor([ids[start : start + context + 1]], device=writer.config.device)

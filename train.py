@@ -1319,6 +1319,7 @@ def main():
     ddp = averaging(compiled) if ranks.world > 1 else compiled
     sys.stdout, sys.stderr = (stream and TolerantStream(stream) for stream in (sys.stdout, sys.stderr))
     say_memory(memory_plan(model, optimizer, config.micro_batch_size, config.block_size), ranks)
+    tokens_a_step = config.batch_size * config.block_size
     if ranks.first:
         total, active = model.parameter_counts()
         log = log or open_log(out)
@@ -1330,8 +1331,7 @@ def main():
         for name in ("micro_batch_size", "compile"):  # what follows from this machine need not do for the next
             record["flags"][name] = given.get(name)
         restore(out, log, record)
-        to_come = (config.steps - record["step"]) * config.batch_size * config.block_size
-        passes = (record["tokens"] + to_come) / len(training.ids)
+        passes = (record["tokens"] + (config.steps - record["step"]) * tokens_a_step) / len(training.ids)
         print(
             f"{total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {len(training.ids) / 1e6:.1f}M "
             f"tokens of {config.data} ({tokenizer.name}), {passes:.2g} passes over them; "
@@ -1374,7 +1374,7 @@ def main():
             model.zero_grad(set_to_none=True)
             step += 1
             record["sequences"] += config.batch_size
-            record["tokens"] += config.batch_size * config.block_size
+            record["tokens"] += tokens_a_step
 
             # Evaluate, log, save.
             entry = {"step": step, "loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
@@ -1385,7 +1385,7 @@ def main():
                     entry["load"] = loads.tolist()
             seconds = time.perf_counter() - started  # on a GPU with the last step's update in the place of this one's
             if ranks.first:
-                entry |= speed(config.batch_size * config.block_size, seconds)
+                entry |= speed(tokens_a_step, seconds)
             better = False
             if step % config.eval_every == 0 or step == config.steps:
                 with timed(spent, "evaluation"):

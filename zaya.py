@@ -176,7 +176,8 @@ def qk_mean(qk, Hq, Hk):
     """The plain part of q and k, to which the convolutions add: each query averaged with its key, each key with the
     mean of its queries.
 
-    qk: [q0 | k0] (B, T, C) -> the same shape. [C] II-B: from the projections BEFORE the convolutions.
+    qk: [q0 | k0] (B, T, C), all heads of the queries, then all of the keys, as projected, before the convolutions
+    ([C] II-B) -> the same shape.
     """
     B, T, C = qk.shape
     h, group = C // (Hq + Hk), Hq // Hk
@@ -619,6 +620,7 @@ class Zaya(nn.Module):
 
     @property
     def head(self):
+        """The LM head's matrix (V, D)."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden_states(self, tokens, cache=None):
