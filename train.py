@@ -145,8 +145,6 @@ def model_config(config, given, vocab_size, eot):
         raise ValueError(f"--{min(told)} cannot be chosen: it follows from the data")
     if "sliding_window" in changes and "hybrid_sliding" not in (changes.get("layer_types") or []):
         raise ValueError("--sliding_window is for what --layer_types calls hybrid_sliding, and there is no such layer")
-    if "num_hidden_layers" in changes:
-        changes.setdefault("layer_types", None)
     changes |= {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     changes.setdefault("max_position_embeddings", config.block_size or start.max_position_embeddings)
     return replace(start, **changes)

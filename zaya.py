@@ -1459,7 +1459,7 @@ def complete(config):
     """Fill in what follows from other fields of a ZayaConfig, and check them all: ValueError, in one line."""
     if config.num_hidden_layers > 10_000:  # merely to build more would take hours
         raise ValueError(f"num_hidden_layers must be at most 10,000, not {config.num_hidden_layers}")
-    if config.layer_types is None:
+    if set(config.layer_types or ["hybrid"]) == {"hybrid"}:  # however many: replace() may have changed their number
         config.layer_types = ["hybrid"] * config.num_hidden_layers
     if config.attention == "mha" and config.head_dim:  # the conventional twin: no compression, a key head a query head
         config.num_attention_heads = config.num_key_value_heads = config.hidden_size // config.head_dim

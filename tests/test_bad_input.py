@@ -56,7 +56,7 @@ WRONG_FLAGS = {
     "a block longer than the text": ({"block_size": 100_000}, "100000"),
     "heads that do not divide": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads"),
     "an odd head": ({"head_dim": 6}, "head_dim"),
-    "too few layer types": ({"layer_types": "hybrid"}, "layer_types"),
+    "too few layer types": ({"layer_types": "hybrid_sliding", "sliding_window": 4}, "layer_types"),
     "a window without a size": ({"layer_types": "hybrid,hybrid_sliding"}, "sliding_window"),
     "a window without a layer for it": ({"sliding_window": 4}, "--layer_types"),
     "nothing to start from": ({"init_from": "nowhere/at/all"}, "nowhere/at/all"),

@@ -299,7 +299,7 @@ TINY = ZayaConfig(
 
 def tiny_model(kernels, **changes):
     torch.manual_seed(0)
-    return Zaya(replace(TINY, **{"layer_types": None} | changes), kernels)
+    return Zaya(replace(TINY, **changes), kernels)
 
 
 def test_some_tokens_skipped():

@@ -626,7 +626,7 @@ def test_cca_without_shift_does_not_look_back_for_its_values():
 @pytest.mark.parametrize("kernels", ["eager", "triton"])
 def test_a_cache_keeps_no_gradient_back(kernels):
     """A prompt read without a gradient, and then a token with one: the projections get theirs."""
-    model, tokens = random_model(num_hidden_layers=1, layer_types=None), random_tokens(1, 5)
+    model, tokens = random_model(num_hidden_layers=1), random_tokens(1, 5)
     cache = model.new_cache(1, 5)
     with torch.no_grad():
         model(tokens[:, :-1], cache=cache)
@@ -654,7 +654,7 @@ class NoQuestions(TorchDispatchMode):
 def test_a_step_with_kernels_can_be_captured(changes, texts):
     """It never waits for the device, and its state stays in place: what a CUDA graph needs."""
     pytest.importorskip("triton")
-    model, tokens = random_model(num_hidden_layers=2, layer_types=None, **changes), random_tokens(texts, 5)
+    model, tokens = random_model(num_hidden_layers=2, **changes), random_tokens(texts, 5)
     with torch.no_grad():
         cache = model.new_cache(texts, 9)
         model.hidden_states(tokens, cache)
@@ -694,7 +694,7 @@ def test_a_layer_with_kernels_is_few_calls_a_token(texts, calls_a_layer, monkeyp
 
     monkeypatch.setattr(kernels, "launch", launch)
     for layers in (1, 2):
-        model = random_model(num_hidden_layers=layers, layer_types=None).cast(torch.float16)
+        model = random_model(num_hidden_layers=layers).cast(torch.float16)
         with torch.inference_mode():
             cache = model.new_cache(texts, 9)
             token = model.hidden_states(random_tokens(texts, 5), cache)[:, -1].argmax(dim=-1)
@@ -783,7 +783,7 @@ BAD = [
     {"rope_theta": 0.0},
     {"rms_norm_eps": -1e-5},
     {"initializer_range": 0.0},
-    {"layer_types": ["hybrid"]},
+    {"layer_types": ["hybrid_sliding"], "sliding_window": 4},
     {"layer_types": ["hybrid", "mamba", "hybrid"]},
     {"layer_types": ["hybrid_sliding"] * 3},
     {"layer_types": ["hybrid_sliding"] * 3, "sliding_window": 0},
@@ -902,7 +902,7 @@ def test_safetensors_are_everyones(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A directory with a model of one layer, and the tensors in its file."""
-    random_model(num_hidden_layers=1, layer_types=None).save_pretrained(tmp_path)
+    random_model(num_hidden_layers=1).save_pretrained(tmp_path)
     return tmp_path, {name: t.clone() for name, t in load_safetensors(tmp_path / "model.safetensors").items()}
 
 
@@ -1094,7 +1094,7 @@ def test_newest_checkpoint_of_a_run_is_opened(tmp_path):
         dict(num_attention_heads=2, num_key_value_heads=1, partial_rotary_factor=1.0),
         dict(cca_time0=3, cca_time1=1, head_dim=12),
         dict(cca_time0=1, cca_time1=1, num_experts=1),
-        dict(tie_word_embeddings=False, num_hidden_layers=1, layer_types=None),
+        dict(tie_word_embeddings=False, num_hidden_layers=1),
     ],
     ids=str,
 )
