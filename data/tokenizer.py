@@ -184,7 +184,8 @@ def text_of(token):
 
 
 def load_tokenizer(name_or_folder):
-    """The tokenizer "gpt2", "bytes" or a folder's. ValueError, OSError or ImportError, each with a one-line message."""
+    """The tokenizer "gpt2", "bytes", a folder's or a run directory's. ValueError, OSError or ImportError, each with a
+    one-line message."""
     if str(name_or_folder) == "bytes":
         return bpe_tokenizer("bytes", {bytes([b]): b for b in range(256)})
     if str(name_or_folder) == "gpt2":
@@ -194,6 +195,8 @@ def load_tokenizer(name_or_folder):
             raise OSError(f"gpt2's vocabulary is downloaded at first use, and that failed ({type(error).__name__}); "
                           "data/text/prepare.py with --tokenizer bpe or bytes needs no network") from None
     folder = Path(os.path.expanduser(name_or_folder))
+    if not (folder / "tokenizer.json").is_file() and (folder / "best").is_dir():
+        folder = folder / "best"
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"no tokenizer {name_or_folder}: neither a known name nor a folder with a tokenizer.json")

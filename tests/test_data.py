@@ -436,6 +436,11 @@ def test_a_checkpoint_s_tokenizer_and_uint32(folder, tmp_path, capsys):
     assert dataset.dtype_of(SimpleNamespace(n_vocab=65536)) == np.uint16
 
 
+def test_a_run_s_tokenizer_is_its_best_checkpoint_s(tmp_path):
+    char_tokenizer(["abc"]).save(tmp_path / "run" / "best")
+    assert load_tokenizer(tmp_path / "run").encode("cab") == [2, 0, 1]
+
+
 def test_failure_while_writing_leaves_no_whole_looking_folder(folder, tmp_path, monkeypatch, capsys):
     argv = [str(folder), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
     own_text.main(argv)
