@@ -1119,6 +1119,8 @@ def starting_point(checkpoint, config, given, folder, meta):
     brings_its_own = source and (source / "tokenizer.json").is_file()
     if brings_its_own:
         refuse_other_tokens(folder, source)
+    elif source:
+        warn_once(f"{source} has no tokenizer.json: those of {folder} must be its tokens, which cannot be checked")
     tokenizer = load_tokenizer(source if brings_its_own else folder)  # the model's own may know how to chat
     record = {"step": 0, "sequences": 0, "tokens": 0, "skipped": 0, "best": None}
     if checkpoint:

@@ -688,6 +688,14 @@ def test_init_from_keeps_a_chat_template(finished, tiny_data, call, tmp_path):
     assert (tmp_path / "out" / "step-0000001" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
+def test_init_from_without_a_tokenizer_says_so(finished, tiny_data, call, tmp_path):
+    start = shutil.copytree(finished.out / "step-0000006", tmp_path / "start")
+    for name in ("trainer.json", "tokenizer.json"):  # as transformers' save_pretrained of a model alone
+        (start / name).unlink()
+    done = call(train, *flags(**RUN | {"data": tiny_data, "init_from": start, "out": tmp_path / "out", "steps": 1}))
+    assert done.status == 0 and f"{start} has no tokenizer.json" in done.stderr
+
+
 def test_init_from_takes_a_presets_recipe_but_not_its_model(finished, tiny_data, call, tmp_path):
     done = call(train, *flags(
         data=tiny_data, init_from=finished.out, preset="zaya1-8b", out=tmp_path, steps=1, batch_size=2, block_size=16,
