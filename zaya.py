@@ -1335,7 +1335,17 @@ def times(a, b, out=None):
     return torch.mm(a, b.t(), out=out)
 
 
-ONEDNN = torch.backends.mkldnn.is_available()
+@lru_cache
+def cpu_has(line):
+    """Whether Linux says so of this CPU, by a line of /proc/cpuinfo."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and re.search(rf"^{line}$", cpuinfo.read_text(), re.MULTILINE) is not None
+
+
+# On Intel's own CPUs MKL is the faster one, for a single row, too (Ice Lake, two cores: a step of
+# tests/bench_transformers.py takes 581 ms with it, 646 with oneDNN).
+INTEL = cpu_has(r"vendor_id\s*: GenuineIntel")
+ONEDNN = torch.backends.mkldnn.is_available() and not INTEL
 
 
 def on_cpu_in_fp32(x):
@@ -1351,12 +1361,10 @@ def by_onednn(a, b):
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-@lru_cache
 def mkl_is_slow():
     """Whether MKL leaves half of this CPU unused: on Zen 5 (AMD's family 26) oneDNN is twice as fast, elsewhere hardly
     faster. Not timed: the two round differently, and a run that is resumed must choose the same again."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and re.search(r"^cpu family\s*: 26$", cpuinfo.read_text(), re.MULTILINE) is not None
+    return cpu_has(r"cpu family\s*: 26")
 
 
 class LinearByOneDNN(torch.autograd.Function):
@@ -1380,11 +1388,12 @@ class PreparedProduct:
     One row, the weight read from memory: for 512 x 256 MKL's product of a matrix and a vector (one core) takes 79 us,
     oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
     numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
+    On Intel's CPUs it always is the plain product: 26 us for that one row, where the pieces take 89.
     """
 
     def __init__(self, weight):
         self.weight, (self.out, self.size) = weight, weight.shape
-        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 else 1
+        self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 and not INTEL else 1
         self.in_pieces = weight.view(self.pieces, -1, self.size)
         self.by_onednn = ONEDNN and weight.numel() >= 2**17
 

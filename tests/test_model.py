@@ -183,7 +183,7 @@ def test_no_gradient_of_a_gradient(tied):
     losses = model(tokens, tokens)[1], F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten())
     for loss in losses:
         with pytest.raises(RuntimeError, match="no gradient of this model's gradients"):
-            torch.autograd.grad(loss, [model.head], create_graph=True)
+            torch.autograd.grad(loss, [model.embed_tokens.weight], create_graph=True)
 
 
 def assert_same_gradients(function, formula, *inputs):
@@ -202,6 +202,7 @@ def assert_same_gradients(function, formula, *inputs):
 def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
     """By either library, with experts that have no token: the three steps that a GPU takes."""
     monkeypatch.setattr(zaya, "mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(zaya, "ONEDNN", torch.backends.mkldnn.is_available())
     torch.manual_seed(0)
     N, E = sum(rows), len(rows)
     choice = torch.repeat_interleave(torch.arange(E), torch.tensor(rows))[torch.randperm(N)]
@@ -214,6 +215,15 @@ def test_experts_in_float32(rows, mkl_is_slow, monkeypatch):
     assert_same_gradients(lambda x, p, *w: zaya.experts_on_cpu(x, p, choice, *w), three_steps, *inputs)
     few = zaya.experts_of_few(inputs[0], inputs[1], choice, *inputs[2:])
     torch.testing.assert_close(few, three_steps(*inputs))
+
+
+@pytest.mark.parametrize("intel, pieces", [(True, 1), (False, 16)])
+def test_a_row_times_a_matrix_by_the_library_that_this_cpu_likes(intel, pieces, monkeypatch):
+    monkeypatch.setattr(zaya, "INTEL", intel)
+    x, weight = torch.randn(1, 256), torch.randn(512, 256)
+    prepared = zaya.PreparedProduct(weight)
+    assert prepared.pieces == pieces
+    torch.testing.assert_close(prepared(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_experts_come_in_few_sizes():
