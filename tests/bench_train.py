@@ -121,14 +121,13 @@ def main():
 
     logging.disable_progress_bar()
     with torch.device("meta"):
-        names = Zaya(config)
+        shell = Zaya(config)
     with tempfile.TemporaryDirectory() as folder:
-        names.save_pretrained(folder, weights)
+        shell.save_pretrained(folder, weights)
         theirs = ZayaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
     theirs.set_experts_implementation("grouped_mm")
-    for label, run in {"eager": theirs, "compiled": torch.compile(theirs, dynamic=False) if compiled else None}.items():
-        if run is None:
-            continue
+    runs = {"eager": theirs} | ({"compiled": torch.compile(theirs, dynamic=False)} if compiled else {})
+    for label, run in runs.items():
 
         def loss(x, y, run=run):
             return run(x, labels=y, shift_labels=y.contiguous(), use_cache=False).loss
