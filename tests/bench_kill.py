@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from conftest import ENVIRONMENT, ROOT, RUN, SHAPE, flags
@@ -37,24 +38,30 @@ def ranks_of(launcher):
     return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
 
-def is_saving(out):
-    return any(out.glob(".*.partial"))
+def is_saving(out, since):
+    """Whether a save is going on that began after a time: one in which a rank was killed leaves its files behind."""
+    for partial in out.glob(".*.partial"):
+        with suppress(FileNotFoundError):  # it has just ended
+            if partial.stat().st_mtime > since:
+                return True
+    return False
 
 
 def kill(launcher, out, random):
     """Kill one rank or both, in a save or anywhere -> whether it was in a save; None if the run had ended before."""
+    since = time.time()
+    while not ranks_of(launcher) and launcher.poll() is None:  # torchrun has yet to start them
+        time.sleep(0.01)
     time.sleep(random.uniform(0, 6))
     if random.random() < 0.5:
-        while not is_saving(out) and launcher.poll() is None:
+        while not is_saving(out, since) and launcher.poll() is None:
             time.sleep(0.001)
-    if launcher.poll() is not None:
+    saving, victims = is_saving(out, since), ranks_of(launcher)
+    if not victims:
         return None
-    saving, victims = is_saving(out), ranks_of(launcher)
-    for pid in victims if random.random() < 0.5 else victims[:1]:
-        try:
+    for pid in victims if random.random() < 0.5 else [random.choice(victims)]:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return saving
 
 
