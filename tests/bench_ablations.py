@@ -152,7 +152,7 @@ def train_run(out, flags, switch):
     shutil.rmtree(out, ignore_errors=True)
     half = flags["steps"] // 2
     start(out, flags | ({"save_every": half, "keep": 99} if switch else {}))
-    if switch:  # back to the middle, and on from there
+    if switch and finished(out, flags):  # and not stopped by Ctrl-C: back to the middle, and on from there
         for checkpoint in newest_first(out):
             if checkpoint.name != f"step-{half:07d}":
                 shutil.rmtree(checkpoint)

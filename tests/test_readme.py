@@ -103,3 +103,17 @@ def test_the_tables_of_ablations_are_what_their_logs_say():
         assert all(ablations.finished(run, flags[run]) for run in flags), table
         for line in ablations.lines(ablations.trials_of(runs), times):
             assert line in beneath, (table, line)
+
+
+def test_an_ablation_stopped_in_its_first_text_does_not_begin_the_second(tmp_path, monkeypatch):
+    """train.py ends well at Ctrl-C; the other text from step 0 on would be taken for the finished run."""
+    started = []
+
+    def stopped(out, flags):
+        started.append(flags)
+        out.mkdir(exist_ok=True)
+        (out / "log.jsonl").write_text('{"step": 3}\n')
+
+    monkeypatch.setattr(ablations, "start", stopped)
+    ablations.train_run(tmp_path / "run", ablations.RUN, switch=True)
+    assert len(started) == 1
