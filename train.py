@@ -962,7 +962,8 @@ def draw_together(trials, path, change=None):
     plt = pyplot()
     figure, ((by_tokens, by_time), (entropies, loads)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     colors = plt.get_cmap("tab10" if len(trials) <= 10 else "tab20").colors
-    for t, color in zip(trials, colors * len(trials)):
+    dashes = ["-", "--", "-.", ":"]  # some of these colours look alike to the colour-blind
+    for t, color, dash in zip(trials, colors * len(trials), dashes * len(trials)):
         for axis, what, along, scale in (
             (by_tokens, "val_loss", "tokens", 1e-6),
             (by_time, "val_loss", "step", t.ms_a_step / 1e3),
@@ -970,13 +971,13 @@ def draw_together(trials, path, change=None):
         ):
             x, values = t.curve(what, along)
             if len(x):
-                line = "o" if len(x) == 1 else "-"
+                line = "o" if len(x) == 1 else dash
                 axis.plot(x * scale, values.mean(axis=1), line, color=color, label=literal(t.name), linewidth=1.4)
                 axis.fill_between(x * scale, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
         if t.last_loads:
             share = np.array(t.last_loads, float)  # (runs, L, E)
             share = np.sort(share / share.sum(axis=2, keepdims=True) * share.shape[2])[..., ::-1].mean(axis=(0, 1))
-            loads.plot((np.arange(len(share)) + 0.5) / len(share), share, ".-", color=color, linewidth=1.2)
+            loads.plot((np.arange(len(share)) + 0.5) / len(share), share, f".{dash}", color=color, linewidth=1.2)
     losses = [t.curve("val_loss")[1] for t in trials if len(t.curve("val_loss")[1])]
     if losses:  # what matters is the end, not the first fall
         low, high = min(v.min() for v in losses), max(v[len(v) // 4 :].max() for v in losses)
