@@ -168,7 +168,9 @@ def prepare_later_data(copy):
     if not (LATER_DATA / "meta.json").exists():
         file = ["--file", copy] if copy else []
         prepare = [sys.executable, ROOT / "data" / "shakespeare" / "prepare.py", *file]
-        subprocess.run([*prepare, "--tokenizer", ROOT / "data" / "stdlib", "--out", LATER_DATA], check=True)
+        done = subprocess.run([*prepare, "--tokenizer", ROOT / "data" / "stdlib", "--out", LATER_DATA])
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
 
 
 def plan(table, out, seeds, times):
