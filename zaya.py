@@ -1407,7 +1407,7 @@ class PreparedProduct:
 @has_kernel
 def product(x, weight):
     """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
-    return PreparedProduct(weight)(x) if on_cpu_in_fp32(weight) else F.linear(x, weight)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32(weight) and not INTEL else F.linear(x, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1554,9 +1554,9 @@ class Decoder:
         self.embedding, self.scale = model.embed_tokens.weight, model.input_hidden_states_scale
         self.bias = model.input_hidden_states_bias * self.scale
         self.unit_vectors = torch.eye(config.head_dim)
-        first_norm, *next_norms = [layer.input_layernorm for layer in model.layers] + [model.norm]
-        self.first_norm = DecoderNorm(first_norm)
-        parts = zip(model.layers, cache.layers, next_norms, config.layer_types)
+        norms = [DecoderNorm(layer.input_layernorm) for layer in model.layers] + [DecoderNorm(model.norm, whole=True)]
+        self.first_norm = norms[0]
+        parts = zip(model.layers, cache.layers, norms, norms[1:], config.layer_types)
         self.layers = [DecoderLayer(config, *part) for part in parts]
 
     def step(self, tokens):
@@ -1577,15 +1577,17 @@ class Decoder:
 
 
 class DecoderNorm:
-    """RMSNorm of (B, D) in five calls, none with a Python number: each of those costs a copy of its own."""
+    """RMSNorm of (B, D) in four calls, none with a Python number: each of those costs a copy of its own. Its weight is
+    for the product that follows; `whole`: a fifth call multiplies by it."""
 
-    def __init__(self, norm):
+    def __init__(self, norm, whole=False):
         size = len(norm.weight)
-        self.weight, self.eps = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps)
+        self.weight, self.eps, self.whole = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps), whole
 
     def __call__(self, x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(self.eps, length, length).rsqrt_()).mul_(self.weight)
+        x = x * torch.addcmul(self.eps, length, length).rsqrt_()
+        return x.mul_(self.weight) if self.whole else x
 
 
 class DecoderLayer:
@@ -1596,17 +1598,25 @@ class DecoderLayer:
     x / 2 (1 + erf(x / sqrt 2)), is (u + u erf u) / sqrt 2 with u = x / sqrt 2: the roots are in the weights around it.
     """
 
-    def __init__(self, config, block, cache, next_norm, layer_type):
+    def __init__(self, config, block, cache, norm, next_norm, layer_type):
         self.layer_type = layer_type
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
         self.window, part = attention.window, attention.qkv_proj
         self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
+        self.B, self.H, self.h, self.taps, self.eps = B, H, h, taps, torch.finfo(torch.float32).eps
         end = cache.newest.end  # of the prompt; as if the next token, at that position, were the newest:
         past, v_before = cache.past(Newest(torch.tensor([end]), end + 1, cache.recent.shape[1]).rows_before)
-        self.past, self.v_delayed = past.reshape(B, -1, H, h).permute(2, 0, 1, 3), v_before[:, 0]  # (H, B, P, h)
+        self.v_delayed = v_before[:, 0]
+        # The newest tokens' rows, a token's in slot position % taps; and, for each slot that a newest token can be in,
+        # the filters in the order of the slots.
+        past = past.reshape(B, -1, H, h).permute(2, 0, 1, 3)  # (H, B, P, h)
+        self.seen = past.new_zeros(H, B, taps, h)
+        self.seen[:, :, torch.arange(end - taps + 1, end) % taps] = past
+        self.rows_seen = self.seen.view(H, B, taps * h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
-        self.project = PreparedProduct(part.projection(cache))
+        self.v_rows = cache.v.flatten(2)  # (B, max_len, Hk * h), the same memory
+        self.project = PreparedProduct(part.projection(cache) * norm.weight)
         self.o_proj = PreparedProduct(attention.o_proj.weight)
         w = part.conv_qk_depthwise.weight.view(H, h, 1, -1)
         W = part.conv_qk_grouped.weight.view(H, h, h, -1).transpose(1, 2)  # (H, in, out, tap)
@@ -1614,7 +1624,8 @@ class DecoderLayer:
         for a in range(w.shape[3]):
             for b in range(W.shape[3]):
                 filters[:, a + b] += w[..., a] * W[..., b]
-        self.filters = filters.view(H, taps * h, h)
+        slots = torch.arange(taps)
+        self.filters = [filters[:, (slots - 1 - newest) % taps].flatten(1, 2) for newest in slots]
         bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
         self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
         mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
@@ -1622,12 +1633,13 @@ class DecoderLayer:
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
         self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
         self.parts = H * h, self.Hk * h - cache.late, cache.late
-        self.after_attention = self.merging(block.post_attention_residual_scale, block.post_attention_layernorm)
+        after = DecoderNorm(block.post_attention_layernorm, whole=True)
+        self.after_attention = self.merging(block.post_attention_residual_scale, after)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
         mlp, root = gate.router_mlp, math.sqrt(0.5)
         self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
         self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
-        self.fc1 = mlp["fc1"].bias * root, mlp["fc1"].weight.t() * root
+        self.fc1 = mlp["fc1"].bias * root, (mlp["fc1"].weight * self.router_norm.weight).t() * root
         self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
         self.classes = mlp["out_proj"].weight.t() * root
         self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
@@ -1636,33 +1648,32 @@ class DecoderLayer:
     @staticmethod
     def merging(scale, norm):
         s_r, b_r, s_o, b_o = scale.vectors
-        return b_r * s_r + b_o * s_o, s_r, s_o, DecoderNorm(norm)
+        return b_r * s_r + b_o * s_o, s_r, s_o, norm
 
     @staticmethod
     def merge(stream, out, bias, s_r, s_o, norm):
-        stream = torch.addcmul(torch.addcmul(bias, stream, s_r), out, s_o)
+        stream = torch.addcmul(bias, stream, s_r).addcmul_(out, s_o)
         return stream, norm(stream)
 
     def attention(self, normed, turn, position):
         """normed (B, D), turn (h, h): the rotation at this position -> (B, D)."""
-        B, (H, _, h), Hk = len(normed), self.filters.shape, self.Hk
+        B, H, h, Hk, slot = self.B, self.H, self.h, self.Hk, position % self.taps
         # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
         qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
         qk = qk.view(B, H, h)
         mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
-        seen = torch.cat([self.past, qk.transpose(0, 1).unsqueeze(2)], dim=2)  # (H, B, P + 1, h)
-        self.past = seen.narrow(2, 1, seen.shape[2] - 1)
-        x = torch.baddbmm(mean.transpose(0, 1), seen.view(H, B, -1), self.filters).transpose(0, 1)  # (B, H, h)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+        self.seen.select(2, slot).copy_(qk.transpose(0, 1))
+        x = torch.baddbmm(mean.transpose(0, 1), self.rows_seen, self.filters[slot]).transpose(0, 1)  # (B, H, h)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.eps)
         x = x * (self.lengths / norm)
         q, k = (x @ turn).split_with_sizes([self.Hq, Hk], dim=1)
         self.k.select(2, position).copy_(k)
-        self.v.select(2, position).copy_(torch.cat([v_current, self.v_delayed], dim=1).view(B, Hk, h))
+        torch.cat([v_current, self.v_delayed], dim=1, out=self.v_rows.select(1, position))
         self.v_delayed = v_delayed
-        first = max(0, position + 1 - (self.window or position + 1))
+        first = max(0, position + 1 - self.window) if self.window else 0
         count = position + 1 - first
         k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
-        out = F.scaled_dot_product_attention(q[:, :, None], k, v, scale=1.0, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q.view(B, Hk, -1, h), k, v, scale=1.0)  # a head's queries as rows
         return self.o_proj(out.reshape(B, -1))
 
     def experts(self, normed, previous):
@@ -1674,18 +1685,18 @@ class DecoderLayer:
         u = torch.addmm(bias1, self.router_norm(state), weight1)
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
         probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
-        choices = (probabilities + self.balancing_biases).argmax(dim=-1).tolist()
+        choices = [row.index(max(row)) for row in (probabilities + self.balancing_biases).tolist()]
         if len(choices) == 1:
-            return self.expert(normed, choices[0], probabilities[0]), state
-        rows = zip(normed.split(1), choices, probabilities)
+            return self.expert(normed, choices[0], probabilities), state
+        rows = zip(normed.split(1), choices, probabilities.split(1))
         return torch.cat([self.expert(*row) for row in rows]), state
 
     def expert(self, x, expert, probabilities):
-        """x (1, D) through its expert, times the probability of that."""
+        """x (1, D) through its expert, times the probability of that; probabilities (1, E + 1)."""
         if expert == len(self.down):  # the skip class adds zero
             return torch.zeros_like(x)
         gate, up = self.gate_up[expert](x).chunk(2, dim=1)
-        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities[expert])
+        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities.select(1, expert))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
