@@ -1407,7 +1407,7 @@ class PreparedProduct:
 @has_kernel
 def product(x, weight):
     """x (B, in), few rows, times weight (out, in) -> (B, out), without a gradient: on a CPU one PreparedProduct."""
-    return PreparedProduct(weight)(x) if on_cpu_in_fp32(weight) and not INTEL else F.linear(x, weight)
+    return PreparedProduct(weight)(x) if on_cpu_in_fp32(weight) else F.linear(x, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1543,7 +1543,7 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text. Each call of PyTorch costs microseconds there,
-# whatever it does, so a layer makes do with some fifty. Skip this section on a first reading.
+# whatever it does, so a layer makes do with some sixty. Skip this section on a first reading.
 
 
 class Decoder:
@@ -1608,8 +1608,8 @@ class DecoderLayer:
         end = cache.newest.end  # of the prompt; as if the next token, at that position, were the newest:
         past, v_before = cache.past(Newest(torch.tensor([end]), end + 1, cache.recent.shape[1]).rows_before)
         self.v_delayed = v_before[:, 0]
-        # The newest tokens' rows, a token's in slot position % taps; and, for each slot that a newest token can be in,
-        # the filters in the order of the slots.
+        # The convolution sees `taps` tokens. The one at position p has its row in slot p % taps, so that no row moves;
+        # instead there are filters for each slot that the newest may be in, put in the order of the slots.
         past = past.reshape(B, -1, H, h).permute(2, 0, 1, 3)  # (H, B, P, h)
         self.seen = past.new_zeros(H, B, taps, h)
         self.seen[:, :, torch.arange(end - taps + 1, end) % taps] = past
