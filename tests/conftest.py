@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data.text.prepare
-from zaya import load_safetensors, read_json, stop_in_one_line, use_kernels
+import train
+from zaya import load_safetensors, read_json, stop_in_one_line, triton_kernels, use_kernels
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
@@ -48,7 +51,22 @@ def flags(**values):
 def command(script, *args, **options):
     """Run a script of the repository as a user would, on one core -> CompletedProcess with text output."""
     words = [sys.executable, ROOT / script, *map(str, args)]
-    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
+    return subprocess.run(words, capture_output=True, text=True, **{"env": ENVIRONMENT, "timeout": 120} | options)
+
+
+@pytest.fixture(scope="session")
+def beside(request):
+    """beside(test, script, args...): `command`, for a test that would wait for it a minute. If that test is to run, it
+    begins at once, on another core -> a function that waits for its CompletedProcess."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else the other core has tests to run
+    tests = {item.originalname for item in request.session.items if alone}
+    pool = ThreadPoolExecutor(1)
+
+    def start(test, *args, **options):
+        return pool.submit(command, *args, **options).result if test in tests else partial(command, *args, **options)
+
+    yield start
+    pool.shutdown(cancel_futures=True)
 
 
 def rewrite(file, **changes):
@@ -77,6 +95,26 @@ def assert_same_run(out, other):
     (losses, tensors), (expected_losses, expected) = what_was_learned(out), what_was_learned(other)
     assert losses == expected_losses and tensors.keys() == expected.keys()
     assert [name for name in tensors if not tensors[name].equal(expected[name])] == []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_without_idle_work():
+    """Two things take half of the interpreter's time and change no result: it patches Triton's language anew for every
+    function that a kernel calls, and computes whether a sum of integers overflows, but never looks."""
+    if triton_kernels is None or not triton_kernels.INTERPRETED:
+        yield
+        return
+    from triton.language import sum
+    from triton.runtime import interpreter
+
+    scopes = [interpreter._patch_lang(function.fn) for function in (triton_kernels.dot, sum)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
+        yield
+    for scope in reversed(scopes):
+        scope.restore()
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +150,15 @@ def finished(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def pictures():
+    """For a test that looks at the pictures of what it calls: else a run draws none, which saves half a second."""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, request):
     """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(train, "plot", lambda out: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
