@@ -1392,7 +1392,7 @@ class PreparedProduct:
     """
 
     def __init__(self, weight):
-        self.weight, (self.out, self.size) = weight, weight.shape
+        self.weight, self.weight_t, (self.out, self.size) = weight, weight.t(), weight.shape
         self.pieces = math.gcd(self.out, 16) if weight.numel() >= 2**15 and not INTEL else 1
         self.in_pieces = weight.view(self.pieces, -1, self.size)
         self.by_onednn = ONEDNN and weight.numel() >= 2**17
@@ -1401,7 +1401,7 @@ class PreparedProduct:
         if self.pieces > 1 and len(x) == 1:
             column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
             return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.by_onednn else F.linear(x, self.weight)
+        return by_onednn(x, self.weight) if self.by_onednn else torch.mm(x, self.weight_t)
 
 
 @has_kernel
@@ -1631,7 +1631,7 @@ class DecoderLayer:
         mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
         self.mean_of_heads = mean.mT.expand(B, H, H)
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
-        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None]
+        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
         self.parts = H * h, self.Hk * h - cache.late, cache.late
         after = DecoderNorm(block.post_attention_layernorm, whole=True)
         self.after_attention = self.merging(block.post_attention_residual_scale, after)
@@ -1663,10 +1663,10 @@ class DecoderLayer:
         qk = qk.view(B, H, h)
         mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
         self.seen.select(2, slot).copy_(qk.transpose(0, 1))
-        x = torch.baddbmm(mean.transpose(0, 1), self.rows_seen, self.filters[slot]).transpose(0, 1)  # (B, H, h)
+        x = torch.baddbmm(mean.transpose(0, 1), self.rows_seen, self.filters[slot])  # (H, B, h)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.eps)
-        x = x * (self.lengths / norm)
-        q, k = (x @ turn).split_with_sizes([self.Hq, Hk], dim=1)
+        x = torch.mm((x * (self.lengths / norm)).view(H * B, h), turn).view(H, B, h).transpose(0, 1)
+        q, k = x.split_with_sizes([self.Hq, Hk], dim=1)
         self.k.select(2, position).copy_(k)
         torch.cat([v_current, self.v_delayed], dim=1, out=self.v_rows.select(1, position))
         self.v_delayed = v_delayed
