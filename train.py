@@ -1531,6 +1531,9 @@ def report_ranks(ddp, ranks):
         )
 
 
+SAMPLE_TOKENS = 200
+
+
 def farewell(model, tokenizer, config, step):
     """What to do next; after the last step, with a sample of text."""
     if step < config.steps:
@@ -1542,7 +1545,7 @@ def farewell(model, tokenizer, config, step):
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
     # (Colder, a small model says one line over and over: nano's lines differ to 80 % at 0.8, 83 % at 0.9; of 12 texts.)
-    text = tokenizer.decode(model.generate(tokens, 200, temperature=0.9, top_p=0.95)[0, len(start) :].tolist())
+    text = tokenizer.decode(model.generate(tokens, SAMPLE_TOKENS, temperature=0.9, top_p=0.95)[0, len(start) :].tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = ' --prompt "import "' if config.data == "stdlib" else ""
     drawn = [name for name in ("loss.png", "experts.png") if (Path(config.out) / name).is_file()]

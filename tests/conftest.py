@@ -59,7 +59,7 @@ def beside(request):
     """beside(test, script, args...): `command`, for a test that would wait for it a minute. If that test is to run, it
     begins at once, on another core -> a function that waits for its CompletedProcess."""
     alone = "PYTEST_XDIST_WORKER" not in os.environ  # else the other core has tests to run
-    tests = {item.originalname for item in request.session.items if alone}
+    tests = {getattr(item, "originalname", None) for item in request.session.items if alone}
     pool = ThreadPoolExecutor(1)
 
     def start(test, *args, **options):
@@ -156,9 +156,12 @@ def pictures():
 
 @pytest.fixture
 def call(monkeypatch, capsys, request):
-    """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines."""
+    """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines. Of
+    what takes longer than such a small run, it does little: pictures, a sample, and a large product to be compared with."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(train, "plot", lambda out: None)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 10)
+    monkeypatch.setattr(train, "rates", lambda device, dtype: (None, 1e11))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
