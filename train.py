@@ -1531,7 +1531,7 @@ def report_ranks(ddp, ranks):
         )
 
 
-SAMPLE_TOKENS = 200
+SAMPLE_TOKENS = 200  # of the text after the last step
 
 
 def farewell(model, tokenizer, config, step):
@@ -1545,7 +1545,8 @@ def farewell(model, tokenizer, config, step):
     tokens = torch.tensor([start], device=next(model.parameters()).device)
     torch.manual_seed(config.seed)
     # (Colder, a small model says one line over and over: nano's lines differ to 80 % at 0.8, 83 % at 0.9; of 12 texts.)
-    text = tokenizer.decode(model.generate(tokens, SAMPLE_TOKENS, temperature=0.9, top_p=0.95)[0, len(start) :].tolist())
+    sample = model.generate(tokens, SAMPLE_TOKENS, temperature=0.9, top_p=0.95)[0, len(start) :]
+    text = tokenizer.decode(sample.tolist())
     print(f"a sample:\n{'-' * 80}\n{text}\n{'-' * 80}")
     prompt = ' --prompt "import "' if config.data == "stdlib" else ""
     drawn = [name for name in ("loss.png", "experts.png") if (Path(config.out) / name).is_file()]

@@ -156,8 +156,8 @@ def pictures():
 
 @pytest.fixture
 def call(monkeypatch, capsys, request):
-    """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines. Of
-    what takes longer than such a small run, it does little: pictures, a sample, and a large product to be compared with."""
+    """call(train or sample, flags...) is the command without a new process -> its status, stdout and stderr lines. What
+    would take longer than such a small run is left out: pictures, most of the sample, a large product's rate."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(train, "plot", lambda out: None)
     monkeypatch.setattr(train, "SAMPLE_TOKENS", 10)
