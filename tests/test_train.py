@@ -1308,11 +1308,12 @@ def test_one_step_is_the_same_on_any_number_of_ranks(tiny, call, tmp_path):
             )
 
 
-def test_saved_on_two_ranks_resumed_on_four(on_two_ranks, finished, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_saved_on_two_ranks_resumed_on_others(ranks, on_two_ranks, finished, tmp_path):
     out = shutil.copytree(on_two_ranks[0], tmp_path / "out")
     for checkpoint in ("step-0000004", "step-0000006"):
         shutil.rmtree(out / checkpoint)
-    train_on_ranks(4, "--out", out, "--resume")
+    train_on_ranks(ranks, "--out", out, "--resume")
     assert_near(out, finished.out, 1e-5)
     alone, several = (log_of(run)[-1]["val_loss"] for run in (finished.out, out))
     assert abs(alone - several) < 1e-5  # on the same part of the validation text
