@@ -28,6 +28,7 @@ import argparse
 import inspect
 import json
 import math
+import operator
 import mmap
 import os
 import re
@@ -1389,7 +1390,7 @@ class PreparedProduct:
     oneDNN's 49, a batch of 16 pieces of the weight (two cores) 29; for 4096 x 256: 544, 283 and 124 us. Below 2^15
     numbers the plain product is the fastest. Several rows: the plain product below 2^17 numbers, then oneDNN's.
     On Intel's CPUs it always is the plain product: 26 us for that one row, where the pieces take 89. (By torch.mm: with
-    F.linear, which transposes the weight each time, a whole token takes 2 % longer.)
+    F.linear, which transposes the weight each time, a whole token takes 2 % longer.) out (B, out): where to write it.
     """
 
     def __init__(self, weight):
@@ -1398,11 +1399,15 @@ class PreparedProduct:
         self.in_pieces = weight.view(self.pieces, -1, self.size)
         self.by_onednn = ONEDNN and weight.numel() >= 2**17
 
-    def __call__(self, x):
+    def __call__(self, x, out=None):
         if self.pieces > 1 and len(x) == 1:
             column = x.as_strided((self.pieces, self.size, 1), (0, 1, self.size))  # x.t(), as often as there are pieces
-            return torch.bmm(self.in_pieces, column).view(1, self.out)
-        return by_onednn(x, self.weight) if self.by_onednn else torch.mm(x, self.weight_t)
+            out = None if out is None else out.view(self.pieces, -1, 1)
+            return torch.bmm(self.in_pieces, column, out=out).view(1, self.out)
+        if not self.by_onednn:
+            return torch.mm(x, self.weight_t, out=out)
+        y = by_onednn(x, self.weight)
+        return y if out is None else out.copy_(y)
 
 
 @has_kernel
@@ -1544,7 +1549,7 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding on a CPU in fp32: Zaya.hidden_states for one new token a text. Each call of PyTorch costs microseconds there,
-# whatever it does, so a layer makes do with some sixty. Skip this section on a first reading.
+# whatever it does, so a layer makes do with some fifty. Skip this section on a first reading.
 
 
 class Decoder:
@@ -1578,16 +1583,15 @@ class Decoder:
 
 
 class DecoderNorm:
-    """RMSNorm of (B, D) in four calls, none with a Python number: each of those costs a copy of its own. Its weight is
-    for the product that follows; `whole`: a fifth call multiplies by it."""
+    """RMSNorm of (B, D) in three calls: x / hypot(|x|, sqrt(D * eps)), as sqrt(D) is in the weight. That is for the
+    product that follows; `whole`: a fourth call multiplies by it."""
 
     def __init__(self, norm, whole=False):
         size = len(norm.weight)
-        self.weight, self.eps, self.whole = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps), whole
+        self.weight, self.root, self.whole = norm.weight * math.sqrt(size), torch.tensor(size * norm.eps).sqrt(), whole
 
     def __call__(self, x):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x = x * torch.addcmul(self.eps, length, length).rsqrt_()
+        x = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.root)
         return x.mul_(self.weight) if self.whole else x
 
 
@@ -1625,26 +1629,39 @@ class DecoderLayer:
         for a in range(w.shape[3]):
             for b in range(W.shape[3]):
                 filters[:, a + b] += w[..., a] * W[..., b]
-        slots = torch.arange(taps)
-        self.filters = [filters[:, (slots - 1 - newest) % taps].flatten(1, 2) for newest in slots]
+        # What is looked at in parts has a buffer, whose views are made here, once. The projection's result has one for
+        # each slot, and at least two: the delayed values are used a token later.
+        parts, slots, self.slots = (H * h, self.Hk * h - cache.late, cache.late), torch.arange(taps), []
+        for slot in range(max(2, taps)):
+            qkv, newest = past.new_empty(B, sum(parts)), slot % taps
+            qk, *values = qkv.split(parts, dim=1)
+            qk = qk.view(B, H, h)
+            filters_of_slot = filters[:, (slots - 1 - newest) % taps].flatten(1, 2)
+            self.slots.append((qkv, qk, qk.transpose(0, 1), self.seen[:, :, newest], *values, filters_of_slot))
+        self.mean, scaled, turned = past.new_empty(B, H, h), past.new_empty(H, B, h), past.new_empty(H, B, h)
+        self.mean_by_head, self.scaled, self.scaled_rows = self.mean.transpose(0, 1), scaled, scaled.view(H * B, h)
+        self.turned_rows, (q, self.new_k) = turned.view(H * B, h), turned.transpose(0, 1).split([self.Hq, self.Hk], 1)
+        self.q = q.unflatten(1, (self.Hk, -1))  # a head's queries as rows
         bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
         self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
         mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
         self.mean_of_heads = mean.mT.expand(B, H, H)
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
         self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
-        self.parts = H * h, self.Hk * h - cache.late, cache.late
         after = DecoderNorm(block.post_attention_layernorm, whole=True)
         self.after_attention = self.merging(block.post_attention_residual_scale, after)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
         mlp, root = gate.router_mlp, math.sqrt(0.5)
         self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
-        self.gamma, self.balancing_biases = getattr(gate, "router_states_scale", None), gate.balancing_biases
+        self.gamma, self.biases = getattr(gate, "router_states_scale", None), gate.balancing_biases.tolist()
         self.fc1 = mlp["fc1"].bias * root, (mlp["fc1"].weight * self.router_norm.weight).t() * root
         self.fc2 = mlp["fc2"].bias * root, mlp["fc2"].weight.t() * 0.5
         self.classes = mlp["out_proj"].weight.t() * root
         self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
         self.down = [PreparedProduct(weight) for weight in experts.down_proj]
+        self.hidden = w.new_empty(1, experts.gate_up_proj.shape[1])
+        self.gate, self.up = self.hidden.chunk(2, dim=1)
+        self.zeros = torch.zeros_like(self.up)
 
     @staticmethod
     def merging(scale, norm):
@@ -1658,24 +1675,22 @@ class DecoderLayer:
 
     def attention(self, normed, turn, position):
         """normed (B, D), turn (h, h): the rotation at this position -> (B, D)."""
-        B, H, h, Hk, slot = self.B, self.H, self.h, self.Hk, position % self.taps
-        # split_with_sizes is split without a wrapper in Python: 1.4 us, not 3.3
-        qk, v_current, v_delayed = self.project(normed).split_with_sizes(self.parts, dim=1)
-        qk = qk.view(B, H, h)
-        mean = torch.baddbmm(self.bias, self.mean_of_heads, qk)
-        self.seen.select(2, slot).copy_(qk.transpose(0, 1))
-        x = torch.baddbmm(mean.transpose(0, 1), self.rows_seen, self.filters[slot])  # (H, B, h)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(self.eps)
-        x = torch.mm((x * (self.lengths / norm)).view(H * B, h), turn).view(H, B, h).transpose(0, 1)
-        q, k = x.split_with_sizes([self.Hq, Hk], dim=1)
-        self.k.select(2, position).copy_(k)
+        qkv, qk, qk_by_head, seen, v_current, v_delayed, filters = self.slots[position % len(self.slots)]
+        self.project(normed, out=qkv)
+        seen.copy_(qk_by_head)
+        torch.baddbmm(self.bias, self.mean_of_heads, qk, out=self.mean)
+        x = torch.baddbmm(self.mean_by_head, self.rows_seen, filters)  # (H, B, h)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(self.eps)
+        torch.mul(x, self.lengths / norm, out=self.scaled)
+        torch.mm(self.scaled_rows, turn, out=self.turned_rows)
+        self.k.select(2, position).copy_(self.new_k)
         torch.cat([v_current, self.v_delayed], dim=1, out=self.v_rows.select(1, position))
         self.v_delayed = v_delayed
         first = max(0, position + 1 - self.window) if self.window else 0
         count = position + 1 - first
         k, v = self.k.narrow(2, first, count), self.v.narrow(2, first, count)
-        out = F.scaled_dot_product_attention(q.view(B, Hk, -1, h), k, v, scale=1.0)  # a head's queries as rows
-        return self.o_proj(out.reshape(B, -1))
+        out = F.scaled_dot_product_attention(self.q, k, v, scale=1.0)
+        return self.o_proj(out.reshape(len(normed), -1))
 
     def experts(self, normed, previous):
         """normed (B, D), previous: the last layer's router state (B, R) or None -> (B, D), state."""
@@ -1686,18 +1701,19 @@ class DecoderLayer:
         u = torch.addmm(bias1, self.router_norm(state), weight1)
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
         probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
-        choices = [row.index(max(row)) for row in (probabilities + self.balancing_biases).tolist()]
-        if len(choices) == 1:
-            return self.expert(normed, choices[0], probabilities), state
-        rows = zip(normed.split(1), choices, probabilities.split(1))
-        return torch.cat([self.expert(*row) for row in rows]), state
+        probabilities = probabilities.tolist()
+        if len(probabilities) == 1:
+            return self.expert(normed, probabilities[0]), state
+        return torch.cat([self.expert(*row) for row in zip(normed.split(1), probabilities)]), state
 
-    def expert(self, x, expert, probabilities):
-        """x (1, D) through its expert, times the probability of that; probabilities (1, E + 1)."""
+    def expert(self, x, probabilities):
+        """x (1, D) through the expert that these (E + 1), numbers, and the balancing biases choose, times its own."""
+        scores = list(map(operator.add, probabilities, self.biases))
+        expert = scores.index(max(scores))
         if expert == len(self.down):  # the skip class adds zero
             return torch.zeros_like(x)
-        gate, up = self.gate_up[expert](x).chunk(2, dim=1)
-        return self.down[expert](F.silu(gate).mul_(up)).mul_(probabilities.select(1, expert))
+        self.gate_up[expert](x, out=self.hidden)
+        return self.down[expert](torch.addcmul(self.zeros, F.silu(self.gate), self.up, value=probabilities[expert]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
