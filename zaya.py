@@ -1614,18 +1614,17 @@ class DecoderLayer:
         self.layer_type = layer_type
         attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
         self.window, part = attention.window, attention.qkv_proj
-        self.Hq, self.Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        B, H, taps = len(cache.k), self.Hq + self.Hk, config.past_tokens + 1
-        self.B, self.H, self.h, self.taps, self.eps = B, H, h, taps, torch.finfo(torch.float32).eps
+        Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        B, H, taps, self.eps = len(cache.k), Hq + Hk, config.past_tokens + 1, torch.finfo(torch.float32).eps
         end = cache.newest.end  # of the prompt; as if the next token, at that position, were the newest:
         past, v_before = cache.past(Newest(torch.tensor([end]), end + 1, cache.recent.shape[1]).rows_before)
         self.v_delayed = v_before[:, 0]
         # The convolution sees `taps` tokens. The one at position p has its row in slot p % taps, so that no row moves;
         # instead there are filters for each slot that the newest may be in, put in the order of the slots.
         past = past.reshape(B, -1, H, h).permute(2, 0, 1, 3)  # (H, B, P, h)
-        self.seen = past.new_zeros(H, B, taps, h)
-        self.seen[:, :, torch.arange(end - taps + 1, end) % taps] = past
-        self.rows_seen = self.seen.view(H, B, taps * h)
+        seen = past.new_zeros(H, B, taps, h)
+        seen[:, :, torch.arange(end - taps + 1, end) % taps] = past
+        self.rows_seen = seen.view(H, B, taps * h)
         self.k, self.v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)  # (B, Hk, max_len, h)
         self.v_rows = cache.v.flatten(2)  # (B, max_len, Hk * h), the same memory
         self.project = PreparedProduct(part.projection(cache) * norm.weight)
@@ -1636,25 +1635,25 @@ class DecoderLayer:
         for a in range(w.shape[3]):
             for b in range(W.shape[3]):
                 filters[:, a + b] += w[..., a] * W[..., b]
-        # What is looked at in parts has a buffer, whose views are made here, once. The projection's result has one for
-        # each slot, and at least two: the delayed values are used a token later.
-        parts, slots, self.slots = (H * h, self.Hk * h - cache.late, cache.late), torch.arange(taps), []
+        # A result that is looked at in parts has a buffer, whose views are made here, once. The projection's has one
+        # for each slot, and at least two: the delayed values are used a token later.
+        parts, slots, self.slots = (H * h, Hk * h - cache.late, cache.late), torch.arange(taps), []
         for slot in range(max(2, taps)):
             qkv, newest = past.new_empty(B, sum(parts)), slot % taps
             qk, *values = qkv.split(parts, dim=1)
             qk = qk.view(B, H, h)
             filters_of_slot = filters[:, (slots - 1 - newest) % taps].flatten(1, 2)
-            self.slots.append((qkv, qk, qk.transpose(0, 1), self.seen[:, :, newest], *values, filters_of_slot))
-        self.mean, scaled, turned = past.new_empty(B, H, h), past.new_empty(H, B, h), past.new_empty(H, B, h)
-        self.mean_by_head, self.scaled, self.scaled_rows = self.mean.transpose(0, 1), scaled, scaled.view(H * B, h)
-        self.turned_rows, (q, self.new_k) = turned.view(H * B, h), turned.transpose(0, 1).split([self.Hq, self.Hk], 1)
-        self.q = q.unflatten(1, (self.Hk, -1))  # a head's queries as rows
+            self.slots.append((qkv, qk, qk.transpose(0, 1), seen[:, :, newest], *values, filters_of_slot))
+        self.mean, self.scaled, turned = past.new_empty(B, H, h), past.new_empty(H, B, h), past.new_empty(H, B, h)
+        self.mean_by_head, self.scaled_rows = self.mean.transpose(0, 1), self.scaled.view(H * B, h)
+        self.turned_rows, (q, self.new_k) = turned.view(H * B, h), turned.transpose(0, 1).split([Hq, Hk], dim=1)
+        self.q = q.unflatten(1, (Hk, -1))  # the queries of a key head as rows
         bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
         self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
-        mean = qk_mean(torch.eye(H)[None], self.Hq, self.Hk)  # of one channel: what each head gives to each
+        mean = qk_mean(torch.eye(H)[None], Hq, Hk)  # of one channel: what each head gives to each
         self.mean_of_heads = mean.mT.expand(B, H, H)
         # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
-        self.lengths = torch.cat([torch.ones(self.Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
+        self.lengths = torch.cat([torch.ones(Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
         after = DecoderNorm(block.post_attention_layernorm, whole=True)
         self.after_attention = self.merging(block.post_attention_residual_scale, after)
         self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
@@ -1707,8 +1706,7 @@ class DecoderLayer:
         (bias1, weight1), (bias2, weight2) = self.fc1, self.fc2
         u = torch.addmm(bias1, self.router_norm(state), weight1)
         u = torch.addmm(bias2, torch.addcmul(u, u, u.erf()), weight2)
-        probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1)
-        probabilities = probabilities.tolist()
+        probabilities = torch.mm(torch.addcmul(u, u, u.erf()), self.classes).softmax(dim=-1).tolist()
         if len(probabilities) == 1:
             return self.expert(normed, probabilities[0]), state
         return torch.cat([self.expert(*row) for row in zip(normed.split(1), probabilities)]), state
