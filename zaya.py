@@ -1614,7 +1614,13 @@ class DecoderLayer:
 
     def __init__(self, config, block, cache, norm, next_norm, layer_type):
         self.layer_type = layer_type
-        attention, gate, experts = block.self_attn, block.mlp.gate, block.mlp.experts
+        self.prepare_attention(config, block.self_attn, cache, norm)
+        self.prepare_experts(block.mlp.gate, block.mlp.experts)
+        after = DecoderNorm(block.post_attention_layernorm, whole=True)
+        self.after_attention = self.merging(block.post_attention_residual_scale, after)
+        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
+
+    def prepare_attention(self, config, attention, cache, norm):
         self.window, part = attention.window, attention.qkv_proj
         Hq, Hk, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         B, H, taps, self.eps = len(cache.k), Hq + Hk, config.past_tokens + 1, torch.finfo(torch.float32).eps
@@ -1637,6 +1643,12 @@ class DecoderLayer:
         for a in range(w.shape[3]):
             for b in range(W.shape[3]):
                 filters[:, a + b] += w[..., a] * W[..., b]
+        bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
+        self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
+        mean = qk_mean(torch.eye(H)[None], Hq, Hk)  # of one channel: what each head gives to each
+        self.mean_of_heads = mean.mT.expand(B, H, H)
+        # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
+        self.lengths = torch.cat([torch.ones(Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
         # A result that is looked at in parts has a buffer, whose views are made here, once. The projection's has one
         # for each slot, and at least two: the delayed values are used a token later.
         parts, slots, self.slots = (H * h, Hk * h - cache.late, cache.late), torch.arange(taps), []
@@ -1650,15 +1662,8 @@ class DecoderLayer:
         self.mean_by_head, self.scaled_rows = self.mean.transpose(0, 1), self.scaled.view(H * B, h)
         self.turned_rows, (q, self.new_k) = turned.view(H * B, h), turned.transpose(0, 1).split([Hq, Hk], dim=1)
         self.q = q.unflatten(1, (Hk, -1))  # the queries of a key head as rows
-        bias = (part.conv_qk_depthwise.bias.view(H, 1, h) @ W.sum(dim=3)).view(H, h)
-        self.bias = (bias + part.conv_qk_grouped.bias.view(H, h)).expand(B, H, h)
-        mean = qk_mean(torch.eye(H)[None], Hq, Hk)  # of one channel: what each head gives to each
-        self.mean_of_heads = mean.mT.expand(B, H, H)
-        # A query's length is sqrt(h) times attention's scale 1 / sqrt(h), which is 1; a key's is sqrt(h) * temp.
-        self.lengths = torch.cat([torch.ones(Hq), math.sqrt(h) * attention.qk_norm["temp"]])[:, None, None]
-        after = DecoderNorm(block.post_attention_layernorm, whole=True)
-        self.after_attention = self.merging(block.post_attention_residual_scale, after)
-        self.after_experts = self.merging(block.post_mlp_residual_scale, next_norm)
+
+    def prepare_experts(self, gate, experts):
         mlp, root = gate.router_mlp, math.sqrt(0.5)
         self.router_down, self.router_norm = (gate.down_proj.bias, gate.down_proj.weight.t()), DecoderNorm(mlp["norm"])
         self.gamma, self.biases = getattr(gate, "router_states_scale", None), gate.balancing_biases.tolist()
@@ -1667,9 +1672,9 @@ class DecoderLayer:
         self.classes = mlp["out_proj"].weight.t() * root
         self.gate_up = [PreparedProduct(weight) for weight in experts.gate_up_proj]
         self.down = [PreparedProduct(weight) for weight in experts.down_proj]
-        self.hidden = w.new_empty(1, experts.gate_up_proj.shape[1])
+        self.hidden = experts.gate_up_proj.new_empty(1, experts.gate_up_proj.shape[1])
         self.gate, self.up = self.hidden.chunk(2, dim=1)
-        self.zeros = torch.zeros_like(self.up)
+        self.zeros = torch.zeros_like(self.up)  # addcmul takes a number along, but also wants something to add to
 
     @staticmethod
     def merging(scale, norm):
