@@ -1,13 +1,13 @@
-"""What the tests share: a tiny dataset, a tiny model, and two ways to run a command."""
+"""What the tests share: a tiny dataset, a tiny model, two ways to run a command, and two cores."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU, if asked to
@@ -27,6 +27,7 @@ import data.text.prepare
 import train
 from zaya import load_safetensors, read_json, stop_in_one_line, triton_kernels, use_kernels
 
+REPORTS = os.environ.pop("REPORTS", None)  # in a pytest that TestsBeside started: where to write them
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
@@ -52,21 +53,6 @@ def command(script, *args, **options):
     """Run a script of the repository as a user would, on one core -> CompletedProcess with text output."""
     words = [sys.executable, ROOT / script, *map(str, args)]
     return subprocess.run(words, capture_output=True, text=True, **{"env": ENVIRONMENT, "timeout": 120} | options)
-
-
-@pytest.fixture(scope="session")
-def beside(request):
-    """beside(test, script, args...): `command`, for a test that would wait for it a minute. If that test is to run, it
-    begins at once, on another core -> a function that waits for its CompletedProcess."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else the other core has tests to run
-    tests = {getattr(item, "originalname", None) for item in request.session.items if alone}
-    pool = ThreadPoolExecutor(1)
-
-    def start(test, *args, **options):
-        return pool.submit(command, *args, **options).result if test in tests else partial(command, *args, **options)
-
-    yield start
-    pool.shutdown(cancel_futures=True)
 
 
 def rewrite(file, **changes):
@@ -184,3 +170,80 @@ def call(monkeypatch, capsys, request):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two cores: a second pytest runs these files while the first runs the others, which take as long. On Ice Lake 390 s in
+# place of 575 (as pytest-xdist would, which is one package more).
+
+BESIDE = ("test_readme.py", "test_sample.py", "test_train.py")
+
+
+class TestsBeside:
+    """Tests that a second pytest runs meanwhile. This one shows its reports where it would have run them itself."""
+
+    def __init__(self, config, tests):
+        self.config, self.tests, self.folder = config, set(tests), TemporaryDirectory()
+        reports, self.said = (Path(self.folder.name, name) for name in ("reports", "said"))
+        reports.touch()
+        self.reports = reports.open()
+        words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--tb={config.option.tbstyle}", *tests]
+        with self.said.open("w") as said:
+            self.pytest = subprocess.Popen(
+                words, cwd=config.rootpath, env=os.environ | {"REPORTS": str(reports)},
+                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def next_report(self):
+        """Waits for it."""
+        line = ""
+        while not line.endswith("\n"):
+            ended = self.pytest.poll() is not None
+            line += self.reports.readline()
+            if ended and not line.endswith("\n"):
+                raise RuntimeError(f"the tests beside these ended too early:\n{self.said.read_text()}")
+            time.sleep(0 if line else 0.02)  # seconds
+        return self.config.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        if item.nodeid not in self.tests:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        when = None
+        while when != "teardown":
+            report = self.next_report()
+            item.ihook.pytest_runtest_logreport(report=report)
+            when = report.when
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        self.tests.remove(item.nodeid)
+        return True
+
+    def pytest_sessionfinish(self):
+        if self.tests:  # after Ctrl-C, or the first failure of `pytest -x`
+            self.pytest.send_signal(signal.SIGINT)
+        self.pytest.wait()
+        self.reports.close()
+        self.folder.cleanup()
+
+
+class WrittenReports:
+    """For TestsBeside, in the second pytest."""
+
+    def __init__(self, config):
+        self.config, self.file = config, open(REPORTS, "a")
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        print(json.dumps(data), file=self.file, flush=True)
+
+
+def pytest_collection_finish(session):
+    tests = [item.nodeid for item in session.items if item.path.name in BESIDE]
+    option = session.config.option
+    if REPORTS:
+        session.config.pluginmanager.register(WrittenReports(session.config))
+    elif 0 < len(tests) < len(session.items) and not (
+        option.collectonly or option.usepdb or option.capture == "no" or "PYTEST_XDIST_WORKER" in os.environ
+    ):
+        session.config.pluginmanager.register(TestsBeside(session.config, tests))

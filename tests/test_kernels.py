@@ -9,12 +9,11 @@ import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, command
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import zaya
@@ -61,15 +60,6 @@ COMPILED = [
     ("gfx942", "bfloat16", 128), ("gfx950", "bfloat16", 128), ("sm_90", "bfloat16", 128), ("sm_90", "bfloat16", 256),
     ("gfx942", "float32", 256),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled(beside):
-    """What `kernels.py --compile_for` says of each of COMPILED; it begins before this file's first test."""
-    compiling = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
-    words = [f"--compile_for {a} --dtype {dtype} --head_dim {h}".split() for a, dtype, h in COMPILED]
-    start = partial(beside, "test_compiles_without_that_gpu", "kernels.py", env=compiling, timeout=300)
-    return {each: start(*line) for each, line in zip(COMPILED, words)}
 
 
 @pytest.fixture(autouse=True)
@@ -513,10 +503,12 @@ def test_every_marked_function_has_its_twin():
 
 
 @pytest.mark.parametrize("architecture, dtype, head_dim", COMPILED)
-def test_compiles_without_that_gpu(architecture, dtype, head_dim, compiled):
+def test_compiles_without_that_gpu(architecture, dtype, head_dim):
     """As configured, at ZAYA1-8B's shapes, in bf16 none spills; and with the largest heads and numbers, too, none needs
     more LDS than there is."""
-    done = compiled[architecture, dtype, head_dim]()
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    words = f"--compile_for {architecture} --dtype {dtype} --head_dim {head_dim}".split()
+    done = command("kernels.py", *words, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(
         r"^(\w+_kernel)(?: \(\w+\))* +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M

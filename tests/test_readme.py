@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from functools import cache, partial
+from functools import cache
 
 import bench_ablations as ablations
 import pytest
@@ -22,13 +22,6 @@ BENCHMARKS = {  # flags, and what the last line is like
     "bench_generate.py": ("--preset nano --contexts 16,32 --new 4", r"^MHA's cache.* [\d,.]+ +[\d,.]+$"),
     "bench_train.py": ("--preset nano --micro_batch_size 2 --tokens 768 --steps 1", r"^dense twin .* tokens/s"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks(beside):
-    """What each of BENCHMARKS prints on a CPU; they begin before this file's first test."""
-    start = partial(beside, "test_benchmarks_for_a_gpu_run_on_a_cpu", env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""})
-    return {script: start(f"tests/{script}", *words.split()) for script, (words, _) in BENCHMARKS.items()}
 
 
 def test_the_two_commands_are_there():
@@ -88,11 +81,11 @@ def test_the_project_speaks_of_itself_alone():
 
 
 @pytest.mark.parametrize("script", BENCHMARKS)
-def test_benchmarks_for_a_gpu_run_on_a_cpu(script, benchmarks):
+def test_benchmarks_for_a_gpu_run_on_a_cpu(script):
     """Small: that they run at all."""
     pytest.importorskip("transformers")
-    done = benchmarks[script]()
-    last = BENCHMARKS[script][1]
+    words, last = BENCHMARKS[script]
+    done = command(f"tests/{script}", *words.split(), env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0 and re.search(last, done.stdout, re.MULTILINE), done.stderr
 
 

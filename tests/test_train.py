@@ -1246,19 +1246,11 @@ def test_recomputing_changes_nothing_but_memory(finished, tiny, call, tmp_path):
     assert [e.get("load") for e in log_of(tmp_path / "out")] == [e.get("load") for e in log_of(finished.out)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tiny, tmp_path_factory, beside):
-    """A run of two steps with --compile 1 -> its folder, and a function that waits for its end."""
-    out = tmp_path_factory.mktemp("compiled") / "out"
-    plan = flags(**tiny | {"steps": 2, "eval_every": 9}, compile=1, out=out)
-    return out, beside("test_compiled_is_the_same", "train.py", *plan, timeout=400)
-
-
-def test_compiled_is_the_same(compiled, finished):
-    """On a CPU, where the experts stay out of the graph."""
+def test_compiled_is_the_same(tiny, finished, tmp_path):
+    """Two steps, on a CPU, where the experts stay out of the graph."""
     pytest.importorskip("torch._inductor")
-    out, wait = compiled
-    done = wait()
+    out = tmp_path / "out"
+    done = command("train.py", *flags(**tiny | {"steps": 2, "eval_every": 9}, compile=1, out=out), timeout=400)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(log_of(out), log_of(finished.out)):
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 1e-4
@@ -1323,8 +1315,12 @@ def test_saved_on_two_ranks_resumed_on_others(ranks, on_two_ranks, finished, tmp
 def test_the_group_of_ranks_outlives_ddp_and_no_thread_the_group():
     """Else an exit hangs or aborts now and then, when all is done and saved."""
     code = """
-import atexit, os, torch, train
-names = lambda: [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+import atexit, os, time, torch, train
+
+def names():
+    time.sleep(0.1)  # a thread that has ended is listed for another moment
+    return [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+
 atexit.register(lambda: print("at the end:", names()))
 ranks = train.Ranks("cpu")
 ddp = train.averaging(torch.nn.Linear(4, 4))
