@@ -130,7 +130,7 @@ def save(figure, path):
 
 def main():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=("costs", "router", "scales"))
+    parser.add_argument("figure", choices=("costs", "router", "scales"), help="which picture")
     parser.add_argument("--checkpoint", default="out", help="a run directory or a checkpoint (default: out)")
     parser.add_argument(
         "--tokens",

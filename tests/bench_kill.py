@@ -73,7 +73,7 @@ def end_of(out):
 
 def main():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=in_range(int, 1, 10_000), default=30, help="(default: 30)")
+    parser.add_argument("--kills", type=in_range(int, 1, 10_000), default=30, help="how many times (default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
     args = parser.parse_args()
     dice, kills, saves, runs, same = random.Random(args.seed), 0, 0, 0, 0

@@ -27,7 +27,7 @@ import data.text.prepare
 import train
 from zaya import load_safetensors, read_json, stop_in_one_line, triton_kernels, use_kernels
 
-REPORTS = os.environ.pop("REPORTS", None)  # in a pytest that TestsBeside started: where to write them
+REPORTS = os.environ.pop("NANOZAYA_REPORTS", None)  # in a pytest that TestsBeside started: where to write them
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"COLUMNS": "80", "PYTHONUNBUFFERED": "1"}
 
@@ -190,7 +190,7 @@ class TestsBeside:
         words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--tb={config.option.tbstyle}", *tests]
         with self.said.open("w") as said:
             self.pytest = subprocess.Popen(
-                words, cwd=config.rootpath, env=os.environ | {"REPORTS": str(reports)},
+                words, cwd=config.rootpath, env=os.environ | {"NANOZAYA_REPORTS": str(reports)},
                 stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
