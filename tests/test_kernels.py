@@ -2,10 +2,7 @@
 
 import ast
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,6 +57,7 @@ COMPILED = [
     ("gfx942", "bfloat16", 128), ("gfx950", "bfloat16", 128), ("sm_90", "bfloat16", 128), ("sm_90", "bfloat16", 256),
     ("gfx942", "float32", 256),
 ]  # fmt: skip
+NOT_INTERPRETED = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
 
 
 @pytest.fixture(autouse=True)
@@ -506,9 +504,8 @@ def test_every_marked_function_has_its_twin():
 def test_compiles_without_that_gpu(architecture, dtype, head_dim):
     """As configured, at ZAYA1-8B's shapes, in bf16 none spills; and with the largest heads and numbers, too, none needs
     more LDS than there is."""
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
     words = f"--compile_for {architecture} --dtype {dtype} --head_dim {head_dim}".split()
-    done = command("kernels.py", *words, env=environment, timeout=300)
+    done = command("kernels.py", *words, env=NOT_INTERPRETED, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(
         r"^(\w+_kernel)(?: \(\w+\))* +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+)$", done.stdout, re.M
@@ -570,9 +567,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
 
 def test_one_line_without_a_gpu():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, ROOT / "kernels.py"], capture_output=True, text=True, env=environment)
+    done = command("kernels.py", env=NOT_INTERPRETED | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "TRITON_INTERPRET=1" in done.stderr
 
 
